@@ -1,0 +1,65 @@
+"""The chain that the nets imitate, three ways: torchvision's own (the ground truth), its plain
+torch twin as two small matrix products, and the fused operator. Imports nothing of `common`."""
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+from torchvision.transforms.v2 import functional as F
+
+SIZE = (28, 28)
+GRAY_WEIGHTS = (0.2989, 0.587, 0.114)
+
+
+def reference_transform(images: Tensor) -> Tensor:
+    """Resize(28) -> Grayscale -> horizontal flip -> vertical flip, by torchvision v2: ground truth.
+
+    images: (..., 3, H, W), uint8 in [0, 255] (first scaled to [0, 1]) or float.
+    Returns (..., 1, 28, 28), float32 for uint8, else the dtype of images.
+    """
+    if images.dtype == torch.uint8:
+        images = F.to_dtype(images, torch.float32, scale=True)
+    images = F.resize(images, list(SIZE), antialias=True)
+    images = F.rgb_to_grayscale(images, num_output_channels=1)
+    return F.vertical_flip(F.horizontal_flip(images))
+
+
+@lru_cache(maxsize=32)
+def _resize_matrix(
+    in_size: int, out_size: int, flip: bool, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """(out_size, in_size): row i holds the weights of output pixel i, as torch's antialiased
+    bilinear filter has them (aten/src/ATen/native/cpu/UpSampleKernel.cpp): a triangle of the
+    width of one output pixel, cut at the border and normalised. Reckoned in `dtype`, as torch
+    does, since a rounding can decide whether a pixel lies under the filter."""
+    scale = torch.tensor(in_size / out_size, dtype=dtype)
+    support = scale.clamp(min=1.0)
+    center = scale * (torch.arange(out_size, dtype=dtype) + 0.5)
+    first = (center - support + 0.5).to(torch.int64).clamp(min=0)
+    last = (center + support + 0.5).to(torch.int64).clamp(max=in_size)
+    taps = torch.arange(in_size)
+    under = (taps >= first[:, None]) & (taps < last[:, None])
+    distance = (taps - center[:, None] + 0.5) / support
+    weights = torch.where(under, (1 - distance.abs()).clamp(min=0), 0)
+    weights = weights / weights.sum(dim=1, keepdim=True)
+    return (weights.flip(0) if flip else weights).to(device)
+
+
+def matmul_transform(
+    images: Tensor, size: tuple[int, int] = SIZE, *, hflip: bool = True, vflip: bool = True
+) -> Tensor:
+    """The same chain as a weighted sum of the channels and two matrix products.
+
+    images: (..., 3, H, W), uint8 in [0, 255] or float. Returns (..., 1, *size), float32 in [0, 1]
+    for uint8, else the dtype of images; float16 and bfloat16 are reckoned in float32. All three
+    steps are linear, so their order is free, and a flip is a reversed matrix. Unlike
+    torchvision, a NaN or an infinity spreads over its whole row and column.
+    """
+    dtype = torch.float64 if images.dtype == torch.float64 else torch.float32
+    x = images.to(dtype)
+    red, green, blue = x.unbind(-3)
+    gray = red * GRAY_WEIGHTS[0] + green * GRAY_WEIGHTS[1] + blue * GRAY_WEIGHTS[2]
+    rows = _resize_matrix(images.shape[-2], size[0], vflip, dtype, images.device)
+    columns = _resize_matrix(images.shape[-1], size[1], hflip, dtype, images.device)
+    out = (rows @ gray @ columns.mT).unsqueeze(-3)
+    return out / 255 if images.dtype == torch.uint8 else out.to(images.dtype)

@@ -1,0 +1,62 @@
+"""The plain-torch twin against torchvision."""
+
+import pytest
+import torch
+from torchvision.transforms.v2 import functional as F
+
+from common.transforms import matmul_transform, reference_transform
+
+SIZES = [  # (H, W) -> size
+    ((32, 32), (28, 28)),
+    ((28, 28), (28, 28)),
+    ((1, 1), (28, 28)),
+    ((32, 32), (1, 1)),
+    ((941, 7), (10, 13)),
+    ((5, 300), (64, 31)),
+    ((33, 47), (56, 90)),
+    ((100, 100), (99, 101)),
+]
+
+
+def torchvision_chain(images, size, hflip=True, vflip=True):
+    if images.dtype == torch.uint8:
+        images = F.to_dtype(images, torch.float32, scale=True)
+    out = F.rgb_to_grayscale(F.resize(images, list(size), antialias=True))
+    out = F.horizontal_flip(out) if hflip else out
+    return F.vertical_flip(out) if vflip else out
+
+
+@pytest.mark.parametrize(("shape", "size"), SIZES)
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32, torch.float64])
+def test_matmul_equals_torchvision(shape, size, dtype):
+    images = torch.rand(2, 3, *shape, generator=torch.Generator().manual_seed(0)).double()
+    images = (images * 255).byte() if dtype == torch.uint8 else images.to(dtype)
+    expected = torchvision_chain(images, size)
+    actual = matmul_transform(images, size)
+    assert actual.dtype == expected.dtype
+    # the resampling weights of the two agree to rounding, which grows with the distance from 0
+    tolerance = 1e-12 if dtype == torch.float64 else 1e-6
+    torch.testing.assert_close(actual, expected, atol=tolerance, rtol=0)
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_matmul_equals_torchvision_at_random_sizes(seed):
+    generator = torch.Generator().manual_seed(seed)
+    h, w, oh, ow = torch.randint(1, 130, (4,), generator=generator).tolist()
+    hflip, vflip = torch.randint(0, 2, (2,), generator=generator).bool().tolist()
+    images = torch.rand(3, h, w, generator=generator)
+    expected = torchvision_chain(images, (oh, ow), hflip, vflip)
+    actual = matmul_transform(images, (oh, ow), hflip=hflip, vflip=vflip)
+    torch.testing.assert_close(actual, expected, atol=1e-6, rtol=0)
+
+
+def test_reference_is_the_chain_of_the_report():
+    images = torch.randint(0, 256, (5, 3, 32, 32), dtype=torch.uint8)
+    out = reference_transform(images)
+    assert out.shape == (5, 1, 28, 28)
+    assert out.dtype == torch.float32
+    torch.testing.assert_close(out, torchvision_chain(images, (28, 28)), atol=0, rtol=0)
+    # a bright top left corner of the input ends in the bottom right corner of the output
+    corner = torch.zeros(3, 32, 32)
+    corner[:, 0, 0] = 1
+    assert reference_transform(corner).flatten().argmax() == 28 * 28 - 1
