@@ -1,0 +1,180 @@
+"""CIFAR-10 from disk or by download, synthetic images, and both as uint8 tensors in batches."""
+
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torchvision.datasets import CIFAR10
+from torchvision.datasets.utils import calculate_md5
+from tqdm import tqdm
+
+from common import UserError
+from common.transforms import reference_transform
+
+ARCHIVE_MB = 163
+DOWNLOAD_LIMIT_S = 1800  # the host has been seen to throttle to 50 kB/s: an hour for the archive
+
+
+class Split(NamedTuple):
+    """images: (N, 3, 32, 32) uint8; targets: (N, 1, 28, 28) float32, their ground truth."""
+
+    images: Tensor
+    targets: Tensor
+
+
+class Data(NamedTuple):
+    """The three splits on one device, and whose images they are: "cifar10" or "synthetic"."""
+
+    name: str
+    test_name: str
+    train: Split
+    val: Split
+    test: Split
+
+
+def load(
+    name: str, root: str, *, test_name: str, train_size: int | None, test_size: int | None,
+    seed: int, device: torch.device,
+) -> Data:  # fmt: skip
+    """The data of one run. A tenth of the training images, drawn by seed, is held out to validate.
+
+    name: "auto" (CIFAR-10 where `root` holds it, else synthetic), "cifar10" or "synthetic";
+    test_name: "same" or one of these two. Sizes: None for all (50,000 and 10,000).
+    Raises UserError for data that are missing, damaged or fewer than asked for.
+    """
+    if name == "auto":
+        name = "cifar10" if cifar10_on_disk(Path(root)) else "synthetic"
+        print(f"data: {name}" + (f" ({root} holds no CIFAR-10)" if name == "synthetic" else ""))
+    test_name = name if test_name == "same" else test_name
+    pool = _images(name, root, True, train_size, seed)
+    test = _images(test_name, root, False, test_size, seed)
+    order = torch.randperm(len(pool), generator=torch.Generator().manual_seed(seed))
+    held_out = max(1, len(pool) // 10)
+    splits = (pool[order[held_out:]], pool[order[:held_out]], test)
+    return Data(name, test_name, *(_with_targets(images.to(device)) for images in splits))
+
+
+def _with_targets(images: Tensor) -> Split:
+    return Split(images, torch.cat([reference_transform(chunk) for chunk in images.split(1000)]))
+
+
+def _images(name: str, root: str, train: bool, size: int | None, seed: int) -> Tensor:
+    full = 50_000 if train else 10_000
+    size = full if size is None else size
+    if name == "synthetic":
+        return synthetic(size, 2 * seed + train)  # another seed for the test images
+    if size > full:
+        raise UserError(f"CIFAR-10 has {full} such images, not {size}: lower --train-size")
+    return cifar10(Path(root), train)[:size]
+
+
+def batches(
+    split: Split, batch_size: int, seed: int, epoch: int, start: int = 0
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """One epoch in a random order that depends on seed and epoch alone, from batch `start` on:
+    images (B, 3, 32, 32) float32 in [0, 1] and targets (B, 1, 28, 28). The last may be smaller."""
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    order = torch.randperm(len(split.images), generator=generator).to(split.images.device)
+    for indices in order.split(batch_size)[start:]:
+        # index_select copies whole images; indexing with a tensor goes byte by byte
+        yield (
+            to_float(split.images.index_select(0, indices)),
+            split.targets.index_select(0, indices),
+        )
+
+
+def to_float(images: Tensor) -> Tensor:
+    """uint8 in [0, 255] -> float32 in [0, 1]."""
+    return images.float().mul_(1 / 255)
+
+
+def synthetic(size: int, seed: int) -> Tensor:
+    """(size, 3, 32, 32) uint8 images with the two statistics of natural ones that a linear map
+    can see: an amplitude spectrum of 1/f, and channels that are mostly one brightness (Field 1987;
+    Ruderman, Cronin, Chiao 1998). Brightness and contrast vary from image to image."""
+    generator = torch.Generator().manual_seed(seed)
+    fy, fx = torch.fft.fftfreq(32)[:, None], torch.fft.rfftfreq(32)[None, :]
+    frequency = (fx.square() + fy.square()).sqrt().clamp(min=1 / 32)
+    images = torch.empty(size, 3, 32, 32, dtype=torch.uint8)
+    for chunk in images.split(1000):
+        n = len(chunk)
+        noise = torch.randn(n, 3, 32, 32, generator=generator)
+        field = torch.fft.irfft2(torch.fft.rfft2(noise) / frequency)
+        field = field / field.std(dim=(1, 2, 3), keepdim=True)
+        field = field[:, :1] + 0.4 * field
+        contrast = torch.empty(n, 1, 1, 1).uniform_(0.1, 0.35, generator=generator)
+        brightness = torch.empty(n, 1, 1, 1).uniform_(0.3, 0.7, generator=generator)
+        chunk.copy_((field * contrast + brightness).clamp(0, 1).mul(255).round())
+    return images
+
+
+def cifar10(root: Path, train: bool) -> Tensor:
+    """(N, 3, 32, 32) uint8, all training or test images, by torchvision, which checks every md5.
+    Downloads the archive where `root` does not hold it; UserError where that fails."""
+    if not cifar10_on_disk(root):
+        _download(root)
+    try:
+        # `download` only extracts here: the archive lies on disk
+        dataset = CIFAR10(root, train=train, download=not (root / CIFAR10.base_folder).is_dir())
+    except Exception as error:  # torchvision, tarfile and pickle each raise their own
+        _name_the_damaged_file(root)
+        raise UserError(f"CIFAR-10 in {root} cannot be read: {error}") from error
+    return torch.from_numpy(dataset.data).permute(0, 3, 1, 2).contiguous()
+
+
+def cifar10_on_disk(root: Path) -> bool:
+    """Whether `root` has CIFAR-10 as the extracted folder or as the archive, damaged or not: who
+    has it never trains on something else unawares."""
+    return (root / CIFAR10.base_folder).is_dir() or (root / CIFAR10.filename).is_file()
+
+
+def _name_the_damaged_file(root: Path) -> None:
+    folder = root / CIFAR10.base_folder
+    if folder.is_dir():
+        meta = (CIFAR10.meta["filename"], CIFAR10.meta["md5"])
+        files = [(folder / n, md5) for n, md5 in (*CIFAR10.train_list, *CIFAR10.test_list, meta)]
+    else:
+        files = [(root / CIFAR10.filename, CIFAR10.tgz_md5)]
+    for path, expected in files:
+        try:
+            md5 = calculate_md5(path)
+        except OSError as error:
+            raise UserError(f"{path}: {error.strerror}; its md5 should be {expected}") from error
+        if md5 != expected:
+            raise UserError(f"{path} is damaged: its md5 is {md5}, it should be {expected}")
+
+
+def _download(root: Path) -> None:
+    """The archive into `root`, by way of a temporary file, within DOWNLOAD_LIMIT_S."""
+    if not root.is_dir() and root != Path("data"):  # the default may be made, a typing error not
+        raise UserError(f"no such folder: {root} (--data-dir)")
+    archive = root / CIFAR10.filename
+    temporary = archive.with_suffix(".part")
+    print(f"downloading {CIFAR10.url} ({ARCHIVE_MB} MB) to {archive}")
+    deadline = time.monotonic() + DOWNLOAD_LIMIT_S
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with (
+            urllib.request.urlopen(CIFAR10.url, timeout=20) as response,
+            open(temporary, "wb") as file,
+            tqdm(total=ARCHIVE_MB * 10**6, unit="B", unit_scale=True, disable=None) as bar,
+        ):
+            while chunk := response.read1(1 << 20):
+                if time.monotonic() > deadline:
+                    raise TimeoutError(f"not done within {DOWNLOAD_LIMIT_S} s")
+                file.write(chunk)
+                bar.update(len(chunk))
+        if calculate_md5(temporary) != CIFAR10.tgz_md5:
+            raise OSError("what came has another md5")
+        temporary.replace(archive)
+    except OSError as error:
+        raise UserError(
+            f"cannot download CIFAR-10: {error}. Put {CIFAR10.filename} (md5 {CIFAR10.tgz_md5}) "
+            f"or the folder {CIFAR10.base_folder} into {root}, or use --data synthetic"
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,52 @@
+"""The report's early stopping (its section 1.3), both rules."""
+
+import math
+from collections.abc import Mapping
+
+
+class EarlyStopping:
+    """Decides after each epoch, from its validation loss, whether training ends.
+
+    rule "patience": stop when within the last `patience` epochs no loss was lower than the best
+    before them by more than `min_delta`. rule "window": stop when the loss of `patience` epochs
+    ago minus the largest loss since is below `min_delta`. Neither stops in the first `patience`
+    epochs. `best_epoch` (from 1) and `best_loss` are those of the true minimum, whatever the rule.
+    """
+
+    def __init__(self, patience: int = 10, min_delta: float = 1e-6, rule: str = "patience") -> None:
+        if patience < 1 or not min_delta >= 0 or rule not in ("patience", "window"):
+            raise ValueError(
+                f"patience must be >= 1, min_delta >= 0, rule 'patience' or 'window', "
+                f"not {patience}, {min_delta}, {rule!r}"
+            )
+        self.patience, self.min_delta, self.rule = patience, min_delta, rule
+        self.epoch = self.best_epoch = 0
+        self.best_loss = math.inf
+        self.recent: list[float] = []  # the losses of the last `patience` epochs
+        self.reference = math.inf  # "patience": the best before those; "window": the one before
+
+    def step(self, loss: float) -> bool:
+        """Takes one epoch's validation loss; True: stop. ValueError where it is not finite."""
+        loss = float(loss)
+        if not math.isfinite(loss):
+            raise ValueError(f"the validation loss of epoch {self.epoch + 1} is {loss}")
+        self.epoch += 1
+        if loss < self.best_loss:
+            self.best_loss, self.best_epoch = loss, self.epoch
+        self.recent.append(loss)
+        if len(self.recent) <= self.patience:
+            return False
+        oldest = self.recent.pop(0)
+        if self.rule == "window":
+            self.reference = oldest
+            return self.reference - max(self.recent) < self.min_delta
+        self.reference = min(self.reference, oldest)
+        return self.reference - min(self.recent) <= self.min_delta
+
+    def state_dict(self) -> dict:
+        """Everything, the settings included, as plain types."""
+        return {**vars(self), "recent": list(self.recent)}
+
+    def load_state_dict(self, state: Mapping) -> None:
+        """Goes on where `state_dict` was taken."""
+        vars(self).update({**state, "recent": list(state["recent"])})

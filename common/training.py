@@ -1,0 +1,515 @@
+"""What both training scripts share: flags, the loop, checkpoints, resume, logs and the report.
+
+A run's folder holds `last.pt` (everything that --resume needs), `best.pt` (the weights of the
+lowest validation loss), `history.jsonl`, and at the end `metrics.json` and two pictures.
+"""
+
+import argparse
+import json
+import math
+import os
+import platform
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torchvision
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from common import UserError, figures, metrics
+from common.data import Data, Split, batches, load, to_float
+from common.early_stopping import EarlyStopping
+
+# --- flags -------------------------------------------------------------------------------------
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, but a mistake costs one line and not the whole usage."""
+
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: error: {message} (--help lists the flags)\n")
+
+
+def number(kind: type, low: float, *, above: bool = False) -> Callable[[str], Any]:
+    """An argparse type: a finite number >= low, or > low where `above`."""
+
+    def parse(text: str):
+        value = kind(text)
+        if not (math.isfinite(value) and (value > low if above else value >= low)):
+            raise argparse.ArgumentTypeError(f"{text} is not {'>' if above else '>='} {low}")
+        return value
+
+    parse.__name__ = "whole number" if kind is int else "number"  # for argparse's own message
+    return parse
+
+
+def parser(doc: str, *, epochs: int, batch_size: int, lr: float) -> Parser:
+    """The flags that both scripts have; each adds its own. `doc`: the script's docstring."""
+    p = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    count = number(int, 1)
+    # data
+    p.add_argument("--data", choices=["auto", "cifar10", "synthetic"], default="auto")
+    p.add_argument("--data-dir", default=os.environ.get("DATA_DIR", "data"), help="%(default)s")
+    p.add_argument("--test-data", choices=["same", "cifar10", "synthetic"], default="same")
+    p.add_argument(
+        "--train-size", type=number(int, 2), metavar="N", help="images, of which a tenth validates"
+    )
+    # training
+    p.add_argument("--epochs", type=number(int, 0), default=epochs, help="at most (%(default)s)")
+    p.add_argument("--batch-size", type=count, default=batch_size, help="%(default)s")
+    p.add_argument("--lr", type=number(float, 0, above=True), default=lr, help="%(default)s")
+    p.add_argument("--seed", type=number(int, 0), default=0, help="%(default)s")
+    p.add_argument("--patience", type=count, default=10, help="epochs (%(default)s)")
+    p.add_argument("--min-delta", type=number(float, 0), default=1e-6, help="%(default)s")
+    p.add_argument("--stop-rule", choices=["patience", "window"], default="patience")
+    # machine
+    p.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    p.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
+    # output
+    p.add_argument("--out", help="the run's folder (default: runs/ and the model's name)")
+    p.add_argument("--resume", action="store_true", help="go on from last.pt in --out")
+    p.add_argument(
+        "--wandb",
+        choices=["online", "offline", "disabled"],
+        default=os.environ.get("WANDB_MODE") or "offline",
+    )
+    p.add_argument("--dry-run", action="store_true", help="2 epochs on a few images, in seconds")
+    return p
+
+
+DRY_RUN = {"train_size": 320, "epochs": 2, "batch_size": 32}
+
+
+def parse(p: Parser, out: Callable[[argparse.Namespace], str]) -> argparse.Namespace:
+    """The flags, with the default of --out filled in. Seeds torch."""
+    args = p.parse_args()
+    if args.wandb not in ("online", "offline", "disabled"):  # argparse does not check defaults
+        p.error(f"WANDB_MODE is {args.wandb!r}, not online, offline or disabled")
+    if args.dry_run:
+        for key, most in DRY_RUN.items():
+            asked = getattr(args, key)
+            setattr(args, key, most if asked is None else min(asked, most))
+    args.out = args.out or out(args) + ("-dry-run" if args.dry_run else "")
+    torch.manual_seed(args.seed)
+    return args
+
+
+def setup(args: argparse.Namespace) -> tuple[torch.device, Data]:
+    """The device and the data, after every check that can be made before any work is done.
+    Raises UserError."""
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch sees no CUDA device here; use --device cpu")
+    if args.device == "auto":
+        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(args.device)
+    out = Path(args.out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / ".writable").touch()
+        (out / ".writable").unlink()
+    except OSError as error:
+        raise UserError(f"--out {out}: cannot write there: {error.strerror}") from error
+    if args.resume and not (out / "last.pt").exists():
+        raise UserError(f"--resume: there is no {out / 'last.pt'}; leave --resume out to start")
+    data = load(
+        args.data,
+        args.data_dir,
+        test_name=args.test_data,
+        train_size=args.train_size,
+        test_size=200 if args.dry_run else None,
+        seed=args.seed,
+        device=device,
+    )
+    if args.batch_size > len(data.train.images):
+        raise UserError(
+            f"--batch-size {args.batch_size} is larger than the {len(data.train.images)} "
+            f"training images"
+        )
+    return device, data
+
+
+def run(main: Callable[[], None]) -> None:
+    """Calls a script's main; a user's mistake becomes one line and exit code 2."""
+    try:
+        main()
+    except UserError as error:
+        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def processor() -> str:
+    """The processor's name, which platform.processor() does not know on Linux."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(": ")[1] for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def environment() -> dict[str, Any]:
+    """What a figure depends on beside the code: kept with every result."""
+
+    def git(*command: str) -> str | None:
+        try:
+            return subprocess.run(
+                ["git", "-C", str(Path(__file__).parent), *command],
+                capture_output=True, text=True, check=True,
+            ).stdout.strip()  # fmt: skip
+        except (OSError, subprocess.CalledProcessError):
+            return None
+
+    status = git("status", "--porcelain")
+    return {
+        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "commit": git("rev-parse", "HEAD"),
+        "clean": None if status is None else status == "",
+        "processor": processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "cuda": torch.version.cuda,
+        "system": platform.platform(),
+    }
+
+
+# --- checkpoints -------------------------------------------------------------------------------
+
+
+def write(path: Path, content: Callable[[Any], None]) -> None:
+    """`content` writes an open binary file, which then takes the place of `path` in one step, so
+    that a crash or a full disk leaves the old one whole. Raises UserError where it cannot."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            content(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch.save turns a full disk into RuntimeError
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"cannot write {path}: {error}") from error
+
+
+def write_text(path: Path, text: str) -> None:
+    """`write` for text."""
+    write(path, lambda file: file.write(text.encode()))
+
+
+def load_checkpoint(path: Path, model: nn.Module) -> dict[str, Any]:
+    """The dict in `path`, its weights loaded into `model`; nothing in it is run as code.
+    Raises UserError for a file that is missing, cut off, or of another model."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        weights = state["model"]
+    except FileNotFoundError as error:
+        raise UserError(f"there is no checkpoint {path}") from error
+    except Exception as error:  # a cut-off file can fail anywhere in zip, pickle or torch
+        raise UserError(f"{path} is not a checkpoint, or is cut off") from error
+    try:
+        model.load_state_dict(weights)
+    except (RuntimeError, TypeError) as error:
+        raise UserError(f"{path} is of another model than {type(model).__name__}") from error
+    return state
+
+
+# --- the loop ----------------------------------------------------------------------------------
+
+
+class Interrupt:
+    """The first SIGINT or SIGTERM is kept in `number`, for the loop to finish its step and save;
+    a second one ends the process at once."""
+
+    def __init__(self) -> None:
+        self.number: int | None = None
+        for each in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(each, self._keep)
+
+    def _keep(self, number: int, frame: object) -> None:
+        self.number = number
+        for each in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(each, signal.SIG_DFL)
+
+
+def autocast(args: argparse.Namespace) -> torch.autocast:
+    """bfloat16 where --precision asks for it."""
+    return torch.autocast(args.device, torch.bfloat16, enabled=args.precision == "bf16")
+
+
+@torch.inference_mode()
+def evaluate(
+    model: nn.Module, loss_fn: nn.Module, split: Split, args: argparse.Namespace
+) -> tuple[Tensor, float]:
+    """Returns the outputs, (N, 1, 28, 28) float32, and the mean loss over the split."""
+    model.eval()
+    outputs, total = [], 0.0
+    for start in range(0, len(split.images), args.batch_size):
+        images, targets = (part[start : start + args.batch_size] for part in split)
+        with autocast(args):
+            output = model(to_float(images))
+            total += loss_fn(output, targets).item() * len(images)
+        outputs.append(output.float())
+    return torch.cat(outputs), total / len(split.images)
+
+
+# A resumed run is the same run: only these flags may change on the way.
+FREE = {"data_dir", "test_data", "epochs", "device", "out", "resume", "wandb"}
+
+
+def check_flags(saved: dict[str, Any], args: argparse.Namespace) -> None:
+    """Raises UserError where a checkpoint's flags are not those of this run."""
+    for key, value in vars(args).items():
+        if key not in FREE and saved.get(key) != value:
+            flag = "--" + key.replace("_", "-")
+            raise UserError(f"--resume: that run had {flag} {saved.get(key)}, not {value}")
+
+
+def fit(
+    model: nn.Module, loss_fn: nn.Module, data: Data, args: argparse.Namespace, log: "Log"
+) -> dict[str, Any]:
+    """Trains `model` until early stopping or --epochs ends it, and leaves it with the weights of
+    the lowest validation loss. Where `loss_fn` has `parts` (names to terms), each is logged.
+
+    Returns {"history", "stopped", "best_epoch", "seconds_to_98"}. Raises UserError where the
+    loss stops being finite; the last good checkpoints stay.
+    """
+    out = Path(args.out)
+    # 0.95 and not 0.999: the second moment shrinks fast after the first steps; see README
+    optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, betas=(0.9, 0.95), fused=True)
+    schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(
+        optimizer, factor=0.3, patience=2, threshold=0.01
+    )
+    stopping = EarlyStopping(args.patience, args.min_delta, args.stop_rule)
+    parts = {"model": model, "optimizer": optimizer, "schedule": schedule, "stopping": stopping}
+    state = {"history": [], "stopped": False, "seconds_to_98": None}
+    state |= {"step": 0, "sums": {}, "seconds": 0.0}  # of the epoch under way
+
+    def save() -> None:
+        checkpoint = {key: part.state_dict() for key, part in parts.items()}
+        checkpoint |= {**state, "args": vars(args), "random": random_state()}
+        write(out / "last.pt", lambda file: torch.save(checkpoint, file))
+
+    def save_best(epoch: int) -> None:
+        best = {"model": model.state_dict(), "epoch": epoch, "args": vars(args)}
+        write(out / "best.pt", lambda file: torch.save(best, file))
+
+    if args.resume:
+        saved = load_checkpoint(out / "last.pt", model)
+        check_flags(saved["args"], args)
+        for key, part in parts.items():
+            part.load_state_dict(saved[key])
+        state = {key: saved[key] for key in state}
+        set_random_state(saved["random"])
+    elif args.epochs == 0:
+        save_best(0)
+        save()
+    interrupt = Interrupt()
+    while (epoch := len(state["history"]) + 1) <= args.epochs and not state["stopped"]:
+        model.train()
+        start = time.perf_counter()
+        todo = batches(data.train, args.batch_size, args.seed, epoch, state["step"])
+        steps = math.ceil(len(data.train.images) / args.batch_size)
+        for images, targets in tqdm(
+            todo, f"epoch {epoch}", steps, initial=state["step"], leave=False, disable=None
+        ):
+            optimizer.zero_grad()
+            with autocast(args):
+                loss = loss_fn(model(images), targets)
+            loss.backward()
+            optimizer.step()
+            add_up(state["sums"], {"loss": loss, **getattr(loss_fn, "parts", {})}, len(images))
+            state["step"] += 1
+            if interrupt.number:
+                break
+        synchronize(args)
+        state["seconds"] += time.perf_counter() - start
+        if interrupt.number:
+            save()
+            print(f"interrupted, saved; to go on: {resume_command()}", file=sys.stderr)
+            sys.exit(128 + interrupt.number)
+        outputs, val_loss = evaluate(model, loss_fn, data.val, args)
+        line = end_epoch(state, data, outputs, val_loss, schedule.get_last_lr()[0])
+        state["stopped"] = stopping.step(val_loss)
+        schedule.step(val_loss)
+        log.epoch(line)
+        if stopping.best_epoch == epoch:
+            save_best(epoch)
+        write_text(out / "history.jsonl", "".join(f"{json.dumps(h)}\n" for h in state["history"]))
+        save()
+    load_checkpoint(out / "best.pt", model)
+    return {**state, "best_epoch": stopping.best_epoch}
+
+
+def add_up(sums: dict[str, Tensor], terms: dict[str, Tensor], count: int) -> None:
+    """Adds each term, a mean over `count` images, to its sum; stays on the device."""
+    for name, value in terms.items():
+        value = value.detach().double() * count
+        sums[name] = sums[name] + value if name in sums else value
+
+
+def end_epoch(
+    state: dict[str, Any], data: Data, outputs: Tensor, val_loss: float, lr: float
+) -> dict[str, Any]:
+    """Closes the epoch in `state`: appends its line to the history and prints it."""
+    history, count = state["history"], len(data.train.images)
+    line = {"epoch": len(history) + 1}
+    line |= {f"train_{name}": value.item() / count for name, value in state["sums"].items()}
+    line |= {
+        "val_loss": val_loss,
+        "val_accuracy_0.95": metrics.accuracy(outputs, data.val.targets, 0.95),
+        "seconds": state["seconds"],
+        "lr": lr,
+    }
+    if not (math.isfinite(line["train_loss"]) and math.isfinite(val_loss)):
+        raise UserError(
+            f"epoch {line['epoch']}: the loss is no longer finite; start again with a lower --lr"
+        )
+    history.append(line)
+    if state["seconds_to_98"] is None and line["val_accuracy_0.95"] >= 0.98:
+        state["seconds_to_98"] = sum(each["seconds"] for each in history)
+    state.update(step=0, sums={}, seconds=0.0)
+    rate = {"images_per_s": count / line["seconds"]}
+    print(" ".join(f"{key}:{value:.6g}" for key, value in (line | rate).items()), flush=True)
+    return line
+
+
+def synchronize(args: argparse.Namespace) -> None:
+    """Waits for the GPU, so that the clock reads what was done and not what was asked for."""
+    if args.device == "cuda":
+        torch.cuda.synchronize()
+
+
+def random_state() -> dict[str, Tensor]:
+    """The state of torch's generators, on the host and on the GPU."""
+    state = {"cpu": torch.get_rng_state()}
+    return state | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
+
+
+def set_random_state(state: dict[str, Tensor]) -> None:
+    """Goes on where `random_state` was taken."""
+    torch.set_rng_state(state["cpu"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+def resume_command() -> str:
+    """The command of this run with --resume."""
+    return shlex.join(["python", *sys.argv, *(["--resume"] * ("--resume" not in sys.argv))])
+
+
+# --- logs and the report -----------------------------------------------------------------------
+
+
+class Log:
+    """wandb where it is installed and works; it asks nothing and never ends a run."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.run = None
+        if args.wandb != "disabled":
+            self._try(lambda: self._start(args))
+
+    def _start(self, args: argparse.Namespace) -> None:
+        import wandb
+
+        mode = args.wandb
+        if mode == "online" and not wandb.login(prompt=False):
+            print("wandb: not logged in; offline (`wandb sync` uploads the run later)")
+            mode = "offline"
+        self.run = wandb.init(
+            project=os.environ.get("WANDB_PROJECT", "learned-transforms"),
+            name=Path(args.out).name,
+            dir=os.environ.get("WANDB_DIR", args.out),
+            mode=mode,
+            config=vars(args),
+            settings=wandb.Settings(silent=True, console="off", init_timeout=30),
+        )
+
+    def _try(self, action: Callable[[], Any]) -> None:
+        try:
+            action()
+        except Exception as error:  # whatever it is, the run is worth more
+            print(f"wandb is off: {type(error).__name__}: {error}", file=sys.stderr)
+            self.run = None
+
+    def epoch(self, line: dict[str, Any]) -> None:
+        """One epoch's line of the history: the loss curves."""
+        if self.run:
+            self._try(lambda: self.run.log(line, step=line["epoch"]))
+
+    def finish(self, result: dict[str, Any], pictures: list[Path]) -> None:
+        """The final figures and the pictures."""
+
+        def send() -> None:
+            import wandb
+
+            self.run.summary.update({key: result[key] for key in ("test", "floor", "ceiling")})
+            self.run.log({picture.stem: wandb.Image(str(picture)) for picture in pictures})
+            self.run.finish()
+
+        if self.run:
+            self._try(send)
+
+
+def report(
+    model: nn.Module,
+    loss_fn: nn.Module,
+    data: Data,
+    args: argparse.Namespace,
+    state: dict[str, Any],
+    log: Log,
+    label: str,
+) -> None:
+    """The test set, touched here for the first time: `metrics.json`, the pictures, a table.
+    `label` names the model in titles; `state` is what `fit` returned."""
+    out, history = Path(args.out), state["history"]
+    outputs, _ = evaluate(model, loss_fn, data.test, args)
+    result = {
+        "script": Path(sys.argv[0]).name,
+        "args": vars(args),
+        "environment": environment(),
+        "data": {
+            "name": data.name,
+            "test_name": data.test_name,
+            **{name: len(getattr(data, name).images) for name in ("train", "val", "test")},
+        },
+        "epochs": len(history),
+        "best_epoch": state["best_epoch"],
+        "stopped_early": state["stopped"],
+        "seconds": sum(line["seconds"] for line in history),
+        "seconds_to_98": state["seconds_to_98"],
+        "test": metrics.score(outputs, data.test.targets),
+        "floor": metrics.floor(data.train.targets, data.test.targets),
+        "ceiling": metrics.ceiling(data.train.targets, data.test.targets),
+    }
+    write_text(out / "metrics.json", json.dumps(result, indent=2) + "\n")
+    title = f"{label}, trained on {data.name}"
+    pictures = [out / "samples.png"]
+    figures.samples(
+        pictures[0], data.test, {label: outputs}, f"{title}, tested on {data.test_name}"
+    )
+    if history:
+        pictures.append(out / "loss.png")
+        figures.loss_curve(pictures[1], history, state["best_epoch"], state["stopped"], title)
+    log.finish(result, pictures)
+    print_table(result, label)
+
+
+def print_table(result: dict[str, Any], label: str) -> None:
+    """Net, floor and ceiling side by side: an accuracy alone says little."""
+    columns = {label: "test", "floor (constant gray)": "floor", "ceiling (rank 128)": "ceiling"}
+    print(f"test on {result['data']['test']} images of {result['data']['test_name']}")
+    print(f"{'':16}" + "".join(f"{name:>24}" for name in columns))
+    for key in result["test"]:
+        values = (result[column][key] for column in columns.values())
+        cells = ("exact" if value is None else f"{value:.6g}" for value in values)
+        print(f"{key:16}" + "".join(f"{cell:>24}" for cell in cells))
+    print(f"results in {result['args']['out']}")

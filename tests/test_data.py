@@ -1,0 +1,211 @@
+"""Splits, batches, synthetic images, and CIFAR-10 as it may lie on disk."""
+
+import hashlib
+import http.server
+import os
+import pickle
+import tarfile
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torchvision.datasets import CIFAR10
+
+from common import UserError, data
+from common.transforms import reference_transform
+
+CPU = torch.device("cpu")
+
+
+def load(name="synthetic", root="nowhere", **changes):
+    settings = {"test_name": "same", "train_size": 100, "test_size": 20, "seed": 0, "device": CPU}
+    return data.load(name, str(root), **(settings | changes))
+
+
+@pytest.fixture
+def cifar(tmp_path, monkeypatch):
+    """A folder with a tiny CIFAR-10, 20 images a file, whose md5 torchvision is told to expect."""
+    folder = tmp_path / CIFAR10.base_folder
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+
+    def listed(files):
+        for name, _ in files:
+            content = {"data": rng.integers(0, 256, (20, 3072), np.uint8), "labels": [0] * 20}
+            (folder / name).write_bytes(pickle.dumps(content))
+        return [[name, md5(folder / name)] for name, _ in files]
+
+    monkeypatch.setattr(CIFAR10, "train_list", listed(CIFAR10.train_list))
+    monkeypatch.setattr(CIFAR10, "test_list", listed(CIFAR10.test_list))
+    meta = folder / CIFAR10.meta["filename"]
+    meta.write_bytes(pickle.dumps({"label_names": []}))
+    monkeypatch.setattr(CIFAR10, "meta", CIFAR10.meta | {"md5": md5(meta)})
+    archive = tmp_path.parent / f"{tmp_path.name}.tar.gz"
+    with tarfile.open(archive, "w:gz") as tar:
+        tar.add(folder, CIFAR10.base_folder)
+    monkeypatch.setattr(CIFAR10, "tgz_md5", md5(archive))
+    return tmp_path
+
+
+def md5(path):
+    return hashlib.md5(path.read_bytes()).hexdigest()
+
+
+def archive_instead_of_folder(root):
+    archive = root.parent / f"{root.name}.tar.gz"
+    for path in (root / CIFAR10.base_folder).iterdir():
+        path.unlink()
+    (root / CIFAR10.base_folder).rmdir()
+    return archive.rename(root / CIFAR10.filename)
+
+
+def test_a_tenth_is_held_out_by_seed():
+    first, again, other = load(), load(), load(seed=1)
+    assert (len(first.train.images), len(first.val.images), len(first.test.images)) == (90, 10, 20)
+    assert torch.equal(first.train.images, again.train.images)
+    assert not torch.equal(first.val.images, other.val.images)
+    rows = torch.cat([split.images for split in first[2:]]).flatten(1)
+    assert len(rows.unique(dim=0)) == 120  # no image is in two splits
+
+
+def test_targets_are_the_reference():
+    loaded = load()
+    for split in (loaded.train, loaded.val, loaded.test):
+        assert torch.equal(split.targets, reference_transform(split.images))
+
+
+def test_an_epoch_holds_every_image_once_and_can_start_in_the_middle():
+    split = load().train
+    whole = list(data.batches(split, 32, seed=0, epoch=1))
+    assert [len(images) for images, _ in whole] == [32, 32, 26]
+    images = torch.cat([images for images, _ in whole])
+    expected = split.images.float().mul_(1 / 255)
+    assert torch.equal(images.flatten(1).unique(dim=0), expected.flatten(1).unique(dim=0))
+    for image, target in whole:
+        torch.testing.assert_close(reference_transform(image), target, atol=1e-6, rtol=0)
+    rest = list(data.batches(split, 32, seed=0, epoch=1, start=2))
+    assert torch.equal(rest[0][0], whole[2][0])
+    other = next(data.batches(split, 32, seed=0, epoch=2))
+    assert not torch.equal(other[0], whole[0][0])
+
+
+def test_synthetic_images_look_natural_to_a_linear_map():
+    images = data.synthetic(500, seed=3)
+    assert torch.equal(images, data.synthetic(500, seed=3))
+    assert not torch.equal(images, data.synthetic(500, seed=4))
+    assert images.shape == (500, 3, 32, 32)
+    assert images.dtype == torch.uint8
+    x = images.double() / 255
+    red, green = (x[:, i].flatten() for i in (0, 1))
+    assert torch.corrcoef(torch.stack([red, green]))[0, 1] > 0.8
+    spectrum = torch.fft.rfft2(x.mean(1)).abs().mean(0)
+    slope = (spectrum[0, 2] / spectrum[0, 8]).log2() / 2  # two octaves
+    assert 0.7 < slope < 1.3
+
+
+def test_auto_takes_what_is_on_disk(cifar, tmp_path_factory, capsys):
+    assert load("auto", cifar, test_size=None).name == "cifar10"
+    assert load("auto", tmp_path_factory.mktemp("empty")).name == "synthetic"
+    assert load("auto", "/nowhere").name == "synthetic"
+    assert "synthetic" in capsys.readouterr().out
+
+
+def test_folder_and_archive_hold_the_same_images(cifar):
+    folder = data.cifar10(cifar, train=True)
+    assert folder.shape == (100, 3, 32, 32)
+    archive_instead_of_folder(cifar)
+    assert torch.equal(data.cifar10(cifar, train=True), folder)
+
+
+@pytest.mark.parametrize("name", ["auto", "cifar10"])
+@pytest.mark.parametrize("damage", ["cut", "altered", "missing"])
+@pytest.mark.parametrize("file", ["data_batch_3", "test_batch", "batches.meta"])
+def test_a_damaged_file_is_named(cifar, name, damage, file):
+    path = cifar / CIFAR10.base_folder / file
+    expected, content = md5(path), path.read_bytes()
+    path.unlink()
+    if damage != "missing":
+        path.write_bytes(content[:-10] if damage == "cut" else content[:-1] + b"x")
+    with pytest.raises(UserError) as error:
+        load(name, cifar)
+    assert str(path) in str(error.value)
+    assert expected in str(error.value)
+    assert damage == "missing" or md5(path) in str(error.value)
+
+
+def test_a_damaged_archive_is_named(cifar):
+    archive = archive_instead_of_folder(cifar)
+    archive.write_bytes(archive.read_bytes()[:-100])
+    with pytest.raises(UserError, match=r"cifar-10-python\.tar\.gz is damaged"):
+        load("auto", cifar)
+
+
+def test_sizes_beyond_the_data_are_refused(cifar):
+    with pytest.raises(UserError, match="--train-size"):
+        load("cifar10", cifar, train_size=50_001)
+
+
+@pytest.fixture
+def server(tmp_path_factory):
+    """A web server on this machine; `server.delay` is what it sleeps before each 1,000 bytes."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.end_headers()
+            try:
+                for i in range(0, len(web.content), 1000):
+                    time.sleep(web.delay)
+                    self.wfile.write(web.content[i : i + 1000])
+                    self.wfile.flush()
+            except OSError:  # the client went away, as it should
+                pass
+
+        def log_message(self, *args):
+            pass
+
+    web = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    web.delay = 0
+    threading.Thread(target=web.serve_forever, daemon=True).start()
+    yield web
+    web.shutdown()
+
+
+def test_download(cifar, server, tmp_path_factory, monkeypatch):
+    expected = data.cifar10(cifar, train=False)
+    server.content = archive_instead_of_folder(cifar).read_bytes()
+    monkeypatch.setattr(CIFAR10, "url", f"http://127.0.0.1:{server.server_port}/x")
+    root = tmp_path_factory.mktemp("fresh")
+    assert torch.equal(data.cifar10(root, train=False), expected)
+
+
+@pytest.mark.parametrize("fault", ["slow", "wrong", "refused", "no folder"])
+def test_a_download_that_fails_says_what_to_do(cifar, server, tmp_path_factory, monkeypatch, fault):
+    content = archive_instead_of_folder(cifar).read_bytes()
+    server.content = content[:-1] if fault == "wrong" else content
+    server.delay = 0.2 if fault == "slow" else 0
+    port = 9 if fault == "refused" else server.server_port  # nothing listens on 9
+    monkeypatch.setattr(CIFAR10, "url", f"http://127.0.0.1:{port}/x")
+    monkeypatch.setattr(data, "DOWNLOAD_LIMIT_S", 0.5)
+    root = tmp_path_factory.mktemp("fresh")
+    if fault == "no folder":
+        with pytest.raises(UserError, match="no such folder"):
+            load("cifar10", root / "nowhere")
+        return
+    with pytest.raises(UserError) as error:
+        load("cifar10", root)
+    for part in (CIFAR10.filename, CIFAR10.tgz_md5, str(root)):
+        assert part in str(error.value)
+    assert list(root.iterdir()) == []  # no half of an archive
+
+
+@pytest.mark.skipif("DATA_DIR" not in os.environ, reason="DATA_DIR names no folder with CIFAR-10")
+def test_the_real_one():
+    root = Path(os.environ["DATA_DIR"])
+    if not data.cifar10_on_disk(root):
+        pytest.skip(f"{root} holds no CIFAR-10")
+    loaded = load("cifar10", root, train_size=None, test_size=None)
+    assert [len(split.images) for split in loaded[2:]] == [45_000, 5_000, 10_000]

@@ -1,0 +1,109 @@
+"""Exact series, and the exact epoch at which each rule stops."""
+
+import math
+
+import pytest
+
+from common.early_stopping import EarlyStopping
+
+
+def stop_epoch(losses, **settings):
+    """The epoch, from 1, of the first True; None where there is none."""
+    stopping = EarlyStopping(**settings)
+    return next((i for i, loss in enumerate(losses, 1) if stopping.step(loss)), None)
+
+
+@pytest.mark.parametrize("rule", ["patience", "window"])
+@pytest.mark.parametrize("patience", [1, 3, 10])
+def test_constant_loss_stops_once_patience_epochs_followed_the_first(rule, patience):
+    assert stop_epoch([1.0] * 50, patience=patience, rule=rule) == patience + 1
+
+
+@pytest.mark.parametrize("rule", ["patience", "window"])
+def test_steady_fall_never_stops(rule):
+    assert stop_epoch([1 - i / 100 for i in range(90)], rule=rule) is None
+
+
+def test_steady_rise_stops_both():
+    rise = [1 + i / 100 for i in range(50)]
+    assert stop_epoch(rise, rule="patience") == 11
+    assert stop_epoch(rise, rule="window") == 11
+
+
+# 0.25 and its multiples are exact in binary, so equality is equality
+@pytest.mark.parametrize(
+    ("last", "expected"),
+    [(0.75, 4), (0.7499, None), (0.7501, 4), (1.0, 4)],
+)
+def test_patience_wants_more_than_min_delta(last, expected):
+    losses = [1.0, 1.0, 1.0, last]
+    assert stop_epoch(losses, patience=3, min_delta=0.25) == expected
+
+
+@pytest.mark.parametrize(
+    ("largest", "expected"),
+    [(0.75, None), (0.7499, None), (0.7501, 4), (1.0, 4)],
+)
+def test_window_is_content_with_min_delta(largest, expected):
+    losses = [1.0, 0.5, largest, 0.5]
+    assert stop_epoch(losses, patience=3, min_delta=0.25, rule="window") == expected
+
+
+def test_the_rules_differ_on_a_spike():
+    # the fifth loss is a spike in a falling series: only "window" looks at the largest loss
+    losses = [1.0, 0.9, 0.8, 0.7, 2.0, 0.5, 0.4, 0.3]
+    assert stop_epoch(losses, patience=3, rule="window") == 5
+    assert stop_epoch(losses, patience=3, rule="patience") is None
+
+
+def test_small_gains_are_measured_against_the_best_before_the_window():
+    # each epoch gains less than min_delta, three of them more
+    losses = [1 - 0.1 * i for i in range(10)]
+    assert stop_epoch(losses, patience=3, min_delta=0.25) is None
+    assert stop_epoch(losses, patience=2, min_delta=0.25) == 3
+
+
+def test_patience_one():
+    losses = [1.0, 0.9, 0.8, 0.8, 0.7]
+    assert stop_epoch(losses, patience=1) == 4
+    assert stop_epoch(losses, patience=1, rule="window") == 4
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("rule", ["patience", "window"])
+def test_a_loss_that_is_not_finite_is_an_error_and_leaves_the_state(bad, rule):
+    stopping = EarlyStopping(patience=2, rule=rule)
+    stopping.step(1.0)
+    before = stopping.state_dict()
+    with pytest.raises(ValueError, match="epoch 2"):
+        stopping.step(bad)
+    assert stopping.state_dict() == before
+
+
+def test_the_best_epoch_is_the_true_minimum_whatever_min_delta():
+    stopping = EarlyStopping(patience=5, min_delta=0.5)
+    for loss in [1.0, 0.9, 0.95, 0.9]:
+        assert not stopping.step(loss)
+    assert (stopping.best_epoch, stopping.best_loss) == (2, 0.9)
+
+
+@pytest.mark.parametrize("rule", ["patience", "window"])
+@pytest.mark.parametrize("cut", range(1, 12))
+def test_resumed_in_the_middle_it_stops_at_the_same_epoch(rule, cut):
+    losses = [1.0, 0.6, 0.7, 0.5, 0.8, 0.55, 0.52, 0.51, 0.6, 0.5, 0.5, 0.5, 0.5, 0.5]
+    settings = {"patience": 4, "rule": rule}
+    whole, first = EarlyStopping(**settings), EarlyStopping(**settings)
+    expected = [whole.step(loss) for loss in losses]
+    actual = [first.step(loss) for loss in losses[:cut]]
+    second = EarlyStopping()
+    second.load_state_dict(first.state_dict())
+    first.step(0.1)  # what the first does now must not reach the second
+    actual += [second.step(loss) for loss in losses[cut:]]
+    assert actual == expected
+    assert second.state_dict() == whole.state_dict()
+
+
+@pytest.mark.parametrize("settings", [{"patience": 0}, {"min_delta": -1}, {"rule": "other"}])
+def test_settings_that_mean_nothing_are_refused(settings):
+    with pytest.raises(ValueError, match="patience must be"):
+        EarlyStopping(**settings)

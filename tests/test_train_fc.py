@@ -1,0 +1,295 @@
+"""train_fc.py as a user runs it: its files, its resume, its refusals."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+import torch
+
+import train_fc
+from common import figures, training
+from common.early_stopping import EarlyStopping
+from common.models import FullyConnected
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = ["--data", "synthetic", "--dry-run"]
+PINNED = {"best.pt", "last.pt", "history.jsonl", "metrics.json", "loss.png", "samples.png"}
+
+
+@pytest.fixture(autouse=True)
+def quiet(monkeypatch):
+    """Runs happen in this process, as starting torch takes seconds: its signal handlers are put
+    back. A dry run may take more than its two epochs here."""
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    monkeypatch.setitem(training.DRY_RUN, "epochs", 9)
+    handlers = [(number, signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM)]
+    yield
+    for number, handler in handlers:
+        signal.signal(number, handler)
+
+
+def run(*args, code=0):
+    """Runs the script's main as `python train_fc.py ARGS` does."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["train_fc.py", *map(str, args)])
+        with pytest.raises(SystemExit) if code else nullcontext() as stopped:
+            training.run(train_fc.main)
+    assert code == 0 or stopped.value.code == code
+
+
+def same(first, second):
+    """Whether two nested structures of tensors and plain types hold the same bits."""
+    if isinstance(first, torch.Tensor):
+        return torch.equal(first, second)
+    if isinstance(first, dict):
+        return first.keys() == second.keys() and all(same(first[k], second[k]) for k in first)
+    if isinstance(first, list):
+        return len(first) == len(second) and all(map(same, first, second))
+    return first == second
+
+
+def history(out):
+    lines = [json.loads(line) for line in (out / "history.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run of two epochs that nothing disturbed, in a process of its own."""
+    out = tmp_path_factory.mktemp("finished")
+    command = [sys.executable, str(ROOT / "train_fc.py"), *SMALL, "--out", str(out)]
+    environment = {**os.environ, "WANDB_MODE": "disabled"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert done.stderr == ""  # no bar where there is no terminal
+    return out, done.stdout
+
+
+def test_a_run_leaves_what_design_pins(finished):
+    out, text = finished
+    assert {path.name for path in out.iterdir()} == PINNED
+    lines = [json.loads(line) for line in (out / "history.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in lines] == [1, 2]
+    assert {"epoch", "train_loss", "val_loss", "seconds", "lr"} <= lines[0].keys()
+    result = json.loads((out / "metrics.json").read_text())
+    sizes = {"train": 288, "val": 32, "test": 200}
+    assert result["data"] == {"name": "synthetic", "test_name": "synthetic", **sizes}
+    keys = ["mse", "psnr", "accuracy_0.95", "accuracy_0.99", "min_cosine"]
+    assert all(list(result[column]) == keys for column in ("test", "floor", "ceiling"))
+    assert result["script"] == "train_fc.py"
+    assert result["epochs"] == 2
+    assert result["stopped_early"] is False
+    for name in ("best.pt", "last.pt"):
+        state = torch.load(out / name, weights_only=True)
+        FullyConnected().load_state_dict(state["model"])
+    assert sum(line.startswith("epoch:") for line in text.splitlines()) == 2
+    assert "floor" in text
+    assert "ceiling" in text
+    for name in ("loss.png", "samples.png"):
+        assert (out / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_same_seed_gives_the_same_bits(finished, tmp_path):
+    run(*SMALL, "--epochs", 2, "--out", tmp_path)
+    for name in ("best.pt", "last.pt"):
+        first, second = (torch.load(path / name)["model"] for path in (finished[0], tmp_path))
+        assert same(first, second)
+
+
+def equal_runs(first, second):
+    assert history(first) == history(second)
+    first, second = (torch.load(path / "last.pt") for path in (first, second))
+    for key in ("model", "optimizer", "schedule", "stopping", "random"):
+        assert same(first[key], second[key]), key
+
+
+def test_resumed_between_epochs_it_is_the_same_run(finished, tmp_path):
+    run(*SMALL, "--epochs", 1, "--out", tmp_path)
+    run(*SMALL, "--epochs", 2, "--out", tmp_path, "--resume")
+    equal_runs(tmp_path, finished[0])
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("step", [1, 5, 9, 13])
+def test_interrupted_in_an_epoch_and_resumed_it_is_the_same_run(
+    finished, tmp_path, monkeypatch, capsys, number, step
+):
+    done = []
+
+    def mse_loss(*args, **settings):
+        if torch.is_grad_enabled():  # a training step, not validation
+            done.append(1)
+            if len(done) == step:
+                os.kill(os.getpid(), number)
+        return real(*args, **settings)
+
+    real = torch.nn.functional.mse_loss
+    monkeypatch.setattr(torch.nn.functional, "mse_loss", mse_loss)
+    run(*SMALL, "--epochs", 2, "--out", tmp_path, code=128 + number)
+    assert len(done) == step  # the step was finished, and no other begun
+    assert "--resume" in capsys.readouterr().err
+    run(*SMALL, "--epochs", 2, "--out", tmp_path, "--resume")
+    equal_runs(tmp_path, finished[0])
+
+
+def test_the_best_weights_are_kept_although_no_stop_came(tmp_path):
+    # at this rate the last epoch is not the best one
+    run(*SMALL, "--epochs", 6, "--lr", 0.05, "--out", tmp_path)
+    losses = [line["val_loss"] for line in history(tmp_path)]
+    best = losses.index(min(losses)) + 1
+    assert best < 6
+    state = torch.load(tmp_path / "best.pt")
+    assert (
+        state["epoch"] == best == json.loads((tmp_path / "metrics.json").read_text())["best_epoch"]
+    )
+    assert not same(state["model"], torch.load(tmp_path / "last.pt")["model"])
+
+
+def test_early_stopping_ends_the_run(tmp_path):
+    flags = [*SMALL, "--epochs", 9, "--patience", 2, "--min-delta", 1, "--out", tmp_path]
+    run(*flags)
+    result = json.loads((tmp_path / "metrics.json").read_text())
+    assert (result["epochs"], result["stopped_early"]) == (3, True)
+    run(*flags, "--resume")
+    assert len(history(tmp_path)) == 3  # stopped stays stopped
+
+
+def test_closed_form_needs_no_epoch(tmp_path):
+    run(*SMALL, "--init", "closed-form", "--epochs", 0, "--out", tmp_path)
+    result = json.loads((tmp_path / "metrics.json").read_text())
+    assert result["epochs"] == 0
+    assert result["test"]["accuracy_0.95"] > result["floor"]["accuracy_0.95"] + 0.2
+    assert {path.name for path in tmp_path.iterdir()} == PINNED - {"loss.png"}
+
+
+def test_offline_wandb_logs(tmp_path):
+    pytest.importorskip("wandb")
+    run(*SMALL, "--epochs", 1, "--wandb", "offline", "--out", tmp_path)
+    assert list((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
+
+
+@pytest.mark.parametrize("fault", ["missing", "broken", "breaks later"])
+def test_wandb_never_ends_a_run(tmp_path, monkeypatch, capsys, fault):
+    class Broken:
+        Settings = dict
+
+        @staticmethod
+        def init(**settings):
+            if fault == "breaks later":
+                return Broken()
+            raise RuntimeError("no")
+
+        def log(self, *args, **settings):
+            raise RuntimeError("no")
+
+    monkeypatch.setitem(sys.modules, "wandb", None if fault == "missing" else Broken)
+    run(*SMALL, "--epochs", 1, "--wandb", "offline", "--out", tmp_path)
+    assert capsys.readouterr().err.count("wandb is off") == 1
+    assert {path.name for path in tmp_path.iterdir()} == PINNED
+
+
+def refused(capsys, *args):
+    """The one line that is left on stderr."""
+    run(*args, code=2)
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1, err
+    return err
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--lr", "-1"], "--lr"),
+        (["--lr", "nan"], "--lr"),
+        (["--lr", "0"], "--lr"),
+        (["--epochs", "-3"], "--epochs"),
+        (["--epochs", "1.5"], "--epochs"),
+        (["--batch-size", "0"], "--batch-size"),
+        (["--train-size", "20"], "--batch-size 32 is larger than the 18"),
+        (["--train-size", "1"], "--train-size"),
+        (["--seed", "-1"], "--seed"),
+        (["--device", "tpu"], "--device"),
+        (["--patience", "0"], "--patience"),
+        (["--resume"], "--resume"),
+        (["--data", "cifar10", "--data-dir", "/nowhere"], "/nowhere"),
+        (["--no-such-flag"], "--no-such-flag"),
+    ],
+)
+def test_a_mistake_costs_one_line_and_nothing_else(capsys, tmp_path, flags, words):
+    err = refused(capsys, *SMALL, "--out", tmp_path, *flags)
+    assert words in err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_cuda_without_a_device_is_refused(capsys, tmp_path):
+    err = refused(capsys, *SMALL, "--device", "cuda", "--out", tmp_path)
+    assert "--device cpu" in err
+
+
+def test_an_unwritable_out_is_refused(capsys, tmp_path):
+    (tmp_path / "file").touch()
+    err = refused(capsys, *SMALL, "--out", tmp_path / "file" / "run")
+    assert "--out" in err
+
+
+@pytest.mark.parametrize("fault", ["cut", "other model", "not a checkpoint", "other seed"])
+def test_a_checkpoint_that_does_not_fit_is_refused_and_kept(capsys, finished, tmp_path, fault):
+    last = tmp_path / "last.pt"
+    content = (finished[0] / "last.pt").read_bytes()
+    last.write_bytes(content[: len(content) // 2] if fault == "cut" else content)
+    if fault == "other model":
+        torch.save(torch.load(last) | {"model": {"weight": torch.zeros(1)}}, last)
+    if fault == "not a checkpoint":
+        torch.save([1, 2], last)
+    seed = ["--seed", "1"] if fault == "other seed" else []
+    before = last.read_bytes()
+    err = refused(capsys, *SMALL, "--epochs", 2, "--out", tmp_path, "--resume", *seed)
+    assert ("--seed 0" if fault == "other seed" else str(last)) in err
+    assert [path.name for path in tmp_path.iterdir()] == ["last.pt"]
+    assert last.read_bytes() == before
+
+
+def test_a_loss_that_stops_being_finite_keeps_the_last_good_checkpoint(
+    monkeypatch, capsys, finished, tmp_path
+):
+    for name in ("last.pt", "best.pt"):
+        (tmp_path / name).write_bytes((finished[0] / name).read_bytes())
+    monkeypatch.setattr(
+        torch.nn.functional, "mse_loss", lambda *args, **kw: args[0].sum() * torch.nan
+    )
+    err = refused(capsys, *SMALL, "--epochs", 4, "--out", tmp_path, "--resume")
+    assert "no longer finite" in err
+    for name in ("last.pt", "best.pt"):
+        assert (tmp_path / name).read_bytes() == (finished[0] / name).read_bytes()
+
+
+def test_a_write_that_fails_leaves_the_old_file(tmp_path):
+    path = tmp_path / "last.pt"
+    path.write_bytes(b"old")
+
+    def half(file):
+        file.write(b"new")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(training.UserError, match="No space left"):
+        training.write(path, half)
+    assert [(each.name, each.read_bytes()) for each in tmp_path.iterdir()] == [("last.pt", b"old")]
+
+
+def test_the_loss_curve_marks_the_kept_epoch_and_the_stop(tmp_path, monkeypatch):
+    shown = []
+    monkeypatch.setattr(figures, "_save", lambda figure, path: shown.append(figure))
+    stopping = EarlyStopping(patience=1)
+    losses = [0.3, 0.1, 0.2]
+    stops = [stopping.step(loss) for loss in losses]
+    lines = [{"epoch": i, "train_loss": x, "val_loss": x} for i, x in enumerate(losses, 1)]
+    figures.loss_curve(tmp_path / "x", lines, stopping.best_epoch, stops[-1], "title")
+    axes = shown[0].axes[0]
+    assert axes.get_yscale() == "log"
+    labels = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert labels == ["training", "validation", "kept: 2", "early stop: 3"]

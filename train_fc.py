@@ -1,0 +1,32 @@
+"""Trains the report's first model, two linear layers and a sigmoid, to imitate the chain
+Resize(28) -> Grayscale -> horizontal flip -> vertical flip on CIFAR-10.
+
+    python train_fc.py                                     until early stopping ends it
+    python train_fc.py --init closed-form --epochs 0       the same net without training
+    python train_fc.py --data synthetic --test-data cifar10
+"""
+
+from torch import nn
+
+from common import training
+from common.models import FullyConnected, closed_form_
+
+
+def main() -> None:
+    p = training.parser(__doc__, epochs=500, batch_size=256, lr=3e-3)
+    p.add_argument("--init", choices=["random", "closed-form"], default="random")
+    args = training.parse(p, lambda args: "runs/fc")
+    device, data = training.setup(args)
+
+    model = FullyConnected().to(device)
+    if args.init == "closed-form":
+        closed_form_(model, data.train.targets)
+    loss_fn = nn.MSELoss()
+
+    log = training.Log(args)
+    state = training.fit(model, loss_fn, data, args, log)
+    training.report(model, loss_fn, data, args, state, log, "fully connected net")
+
+
+if __name__ == "__main__":
+    training.run(main)
