@@ -30,9 +30,11 @@ def loss_curve(
     axes.plot(epochs, [line["train_loss"] for line in history], label="training", marker=".")
     axes.plot(epochs, [line["val_loss"] for line in history], label="validation", marker=".")
     best = history[best_epoch - 1]["val_loss"]
-    axes.plot(best_epoch, best, "o", ms=11, mfc="none", c="black", label=f"kept: {best_epoch}")
+    axes.plot(
+        best_epoch, best, "o", ms=11, mfc="none", c="black", label=f"kept: epoch {best_epoch}"
+    )
     if stopped:
-        axes.axvline(epochs[-1], c="gray", ls="--", label=f"early stop: {epochs[-1]}")
+        axes.axvline(epochs[-1], c="gray", ls="--", label=f"early stop: epoch {epochs[-1]}")
     axes.set(yscale="log", xlabel="epoch", ylabel="loss", title=title)
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.3, which="both")

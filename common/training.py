@@ -310,6 +310,7 @@ def fit(
         state = {key: saved[key] for key in state}
         set_random_state(saved["random"])
     elif args.epochs == 0:
+        write_text(out / "history.jsonl", "")
         save_best(0)
         save()
     interrupt = Interrupt()
@@ -499,6 +500,8 @@ def report(
     if history:
         pictures.append(out / "loss.png")
         figures.loss_curve(pictures[1], history, state["best_epoch"], state["stopped"], title)
+    else:
+        (out / "loss.png").unlink(missing_ok=True)  # of an older run
     log.finish(result, pictures)
     print_table(result, label)
 

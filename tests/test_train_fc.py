@@ -292,4 +292,4 @@ def test_the_loss_curve_marks_the_kept_epoch_and_the_stop(tmp_path, monkeypatch)
     axes = shown[0].axes[0]
     assert axes.get_yscale() == "log"
     labels = [text.get_text() for text in axes.get_legend().get_texts()]
-    assert labels == ["training", "validation", "kept: 2", "early stop: 3"]
+    assert labels == ["training", "validation", "kept: epoch 2", "early stop: epoch 3"]

@@ -1,0 +1,62 @@
+"""What an epoch of train_fc.py costs beside the bare matrix products of its forward and backward
+pass, in turn in one process. Not a test: it asserts nothing.
+
+    DATA_DIR=... python tests/measure_fc_epoch.py [rounds]
+"""
+
+import os
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+from torch import nn
+
+from common import training
+from common.data import to_float
+from common.models import FullyConnected
+
+
+def bare_products(images: torch.Tensor, batch_size: int) -> float:
+    """Seconds for the five products of one epoch over images (N, 3072) float32."""
+    first, second = torch.rand(128, 3072), torch.rand(784, 128)
+    b1, b2 = torch.rand(128), torch.rand(784)
+    start = time.perf_counter()
+    for x in images.split(batch_size):
+        hidden = torch.addmm(b1, x, first.T)
+        out = torch.addmm(b2, hidden, second.T)
+        _ = (
+            out.T @ hidden,
+            out @ second,
+            hidden.T @ x,
+        )  # the last has the shape of hidden's gradient
+    return time.perf_counter() - start
+
+
+def main() -> None:
+    rounds = int(sys.argv.pop(1)) if len(sys.argv) > 1 else 7
+    with tempfile.TemporaryDirectory() as out:
+        sys.argv[1:] = ["--epochs", "1", "--wandb", "disabled", "--out", out]
+        args = training.parse(
+            training.parser(__doc__, epochs=1, batch_size=256, lr=3e-3), lambda args: out
+        )
+        _, data = training.setup(args)
+        images = to_float(data.train.images).flatten(1)
+        epochs, bare = [], []
+        for _ in range(rounds):
+            bare.append(bare_products(images, args.batch_size))
+            state = training.fit(FullyConnected(), nn.MSELoss(), data, args, training.Log(args))
+            epochs.append(state["history"][0]["seconds"])
+    ratios = [epoch / products for epoch, products in zip(epochs, bare, strict=True)]
+    print(f"data: {data.name}, {os.cpu_count()} cores, torch {torch.__version__}")
+    for name, values in (("epoch s", epochs), ("products s", bare), ("ratio", ratios)):
+        low, middle, high = (min(values), statistics.median(values), max(values))
+        print(f"{name:12} median {middle:.3f}  ({low:.3f} to {high:.3f})")
+
+
+if __name__ == "__main__":
+    main()
