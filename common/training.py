@@ -248,17 +248,24 @@ def autocast(args: argparse.Namespace) -> torch.autocast:
 @torch.inference_mode()
 def evaluate(
     model: nn.Module, loss_fn: nn.Module, split: Split, args: argparse.Namespace
-) -> tuple[Tensor, float]:
-    """Returns the outputs, (N, 1, 28, 28) float32, and the mean loss over the split."""
+) -> tuple[Tensor, dict[str, float]]:
+    """Returns the outputs, (N, 1, 28, 28) float32, and the means of the loss and its terms."""
     model.eval()
-    outputs, total = [], 0.0
+    outputs, sums = [], {}
     for start in range(0, len(split.images), args.batch_size):
         images, targets = (part[start : start + args.batch_size] for part in split)
         with autocast(args):
             output = model(to_float(images))
-            total += loss_fn(output, targets).item() * len(images)
+            add_up(sums, loss_fn(output, targets), loss_fn, len(images))
         outputs.append(output.float())
-    return torch.cat(outputs), total / len(split.images)
+    return torch.cat(outputs), {k: v.item() / len(split.images) for k, v in sums.items()}
+
+
+def add_up(sums: dict[str, Tensor], loss: Tensor, loss_fn: nn.Module, count: int) -> None:
+    """Adds the loss and its terms, means over `count` images, to `sums`; stays on the device."""
+    for name, value in {"loss": loss, **getattr(loss_fn, "parts", {})}.items():
+        value = value.detach().double() * count
+        sums[name] = sums[name] + value if name in sums else value
 
 
 # A resumed run is the same run: only these flags may change on the way.
@@ -327,7 +334,7 @@ def fit(
                 loss = loss_fn(model(images), targets)
             loss.backward()
             optimizer.step()
-            add_up(state["sums"], {"loss": loss, **getattr(loss_fn, "parts", {})}, len(images))
+            add_up(state["sums"], loss, loss_fn, len(images))
             state["step"] += 1
             if interrupt.number:
                 break
@@ -337,10 +344,11 @@ def fit(
             save()
             print(f"interrupted, saved; to go on: {resume_command()}", file=sys.stderr)
             sys.exit(128 + interrupt.number)
-        outputs, val_loss = evaluate(model, loss_fn, data.val, args)
-        line = end_epoch(state, data, outputs, val_loss, schedule.get_last_lr()[0])
-        state["stopped"] = stopping.step(val_loss)
-        schedule.step(val_loss)
+        line = end_epoch(
+            state, data, *evaluate(model, loss_fn, data.val, args), schedule.get_last_lr()[0]
+        )
+        state["stopped"] = stopping.step(line["val_loss"])
+        schedule.step(line["val_loss"])
         log.epoch(line)
         if stopping.best_epoch == epoch:
             save_best(epoch)
@@ -350,27 +358,18 @@ def fit(
     return {**state, "best_epoch": stopping.best_epoch}
 
 
-def add_up(sums: dict[str, Tensor], terms: dict[str, Tensor], count: int) -> None:
-    """Adds each term, a mean over `count` images, to its sum; stays on the device."""
-    for name, value in terms.items():
-        value = value.detach().double() * count
-        sums[name] = sums[name] + value if name in sums else value
-
-
 def end_epoch(
-    state: dict[str, Any], data: Data, outputs: Tensor, val_loss: float, lr: float
+    state: dict[str, Any], data: Data, outputs: Tensor, val: dict[str, float], lr: float
 ) -> dict[str, Any]:
-    """Closes the epoch in `state`: appends its line to the history and prints it."""
+    """Closes the epoch in `state`: appends its line to the history and prints it. `outputs` and
+    `val` are what `evaluate` gave for the validation split."""
     history, count = state["history"], len(data.train.images)
     line = {"epoch": len(history) + 1}
     line |= {f"train_{name}": value.item() / count for name, value in state["sums"].items()}
-    line |= {
-        "val_loss": val_loss,
-        "val_accuracy_0.95": metrics.accuracy(outputs, data.val.targets, 0.95),
-        "seconds": state["seconds"],
-        "lr": lr,
-    }
-    if not (math.isfinite(line["train_loss"]) and math.isfinite(val_loss)):
+    line |= {f"val_{name}": value for name, value in val.items()}
+    line["val_accuracy_0.95"] = metrics.accuracy(outputs, data.val.targets, 0.95)
+    line |= {"seconds": state["seconds"], "lr": lr}
+    if not (math.isfinite(line["train_loss"]) and math.isfinite(line["val_loss"])):
         raise UserError(
             f"epoch {line['epoch']}: the loss is no longer finite; start again with a lower --lr"
         )
@@ -468,11 +467,16 @@ def report(
     state: dict[str, Any],
     log: Log,
     label: str,
+    others: dict[str, nn.Module] | None = None,
 ) -> None:
     """The test set, touched here for the first time: `metrics.json`, the pictures, a table.
-    `label` names the model in titles; `state` is what `fit` returned."""
+    `label` names the model in titles; `state` is what `fit` returned; `others` are trained models
+    to show beside it."""
     out, history = Path(args.out), state["history"]
-    outputs, _ = evaluate(model, loss_fn, data.test, args)
+    outputs, terms, scores = {}, {}, {}
+    for name, each in {label: model, **(others or {})}.items():
+        outputs[name], terms[name] = evaluate(each, loss_fn, data.test, args)
+        scores[name] = metrics.score(outputs[name], data.test.targets)
     result = {
         "script": Path(sys.argv[0]).name,
         "args": vars(args),
@@ -487,16 +491,16 @@ def report(
         "stopped_early": state["stopped"],
         "seconds": sum(line["seconds"] for line in history),
         "seconds_to_98": state["seconds_to_98"],
-        "test": metrics.score(outputs, data.test.targets),
+        "test": scores[label],
         "floor": metrics.floor(data.train.targets, data.test.targets),
         "ceiling": metrics.ceiling(data.train.targets, data.test.targets),
+        "test_terms": terms.pop(label),
+        "others": {name: scores[name] | {"terms": terms[name]} for name in terms},
     }
     write_text(out / "metrics.json", json.dumps(result, indent=2) + "\n")
     title = f"{label}, trained on {data.name}"
     pictures = [out / "samples.png"]
-    figures.samples(
-        pictures[0], data.test, {label: outputs}, f"{title}, tested on {data.test_name}"
-    )
+    figures.samples(pictures[0], data.test, outputs, f"{title}, tested on {data.test_name}")
     if history:
         pictures.append(out / "loss.png")
         figures.loss_curve(pictures[1], history, state["best_epoch"], state["stopped"], title)
@@ -508,11 +512,12 @@ def report(
 
 def print_table(result: dict[str, Any], label: str) -> None:
     """Net, floor and ceiling side by side: an accuracy alone says little."""
-    columns = {label: "test", "floor (constant gray)": "floor", "ceiling (rank 128)": "ceiling"}
+    columns = {label: result["test"], **result["others"]}
+    columns |= {"floor: constant gray": result["floor"], "ceiling: rank 128": result["ceiling"]}
     print(f"test on {result['data']['test']} images of {result['data']['test_name']}")
-    print(f"{'':16}" + "".join(f"{name:>24}" for name in columns))
+    print(" " * 14 + "".join(f"{name:>24}" for name in columns))
     for key in result["test"]:
-        values = (result[column][key] for column in columns.values())
+        values = (column[key] for column in columns.values())
         cells = ("exact" if value is None else f"{value:.6g}" for value in values)
-        print(f"{key:16}" + "".join(f"{cell:>24}" for cell in cells))
+        print(f"{key:14}" + "".join(f"{cell:>24}" for cell in cells))
     print(f"results in {result['args']['out']}")
