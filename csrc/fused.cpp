@@ -165,19 +165,18 @@ void forward_out(const Tensor& images, int64_t height, int64_t width, bool hflip
 }
 
 STABLE_TORCH_LIBRARY(fused_transform, m) {
-  m.def(
-      "forward(Tensor images, int height, int width, bool hflip, bool vflip, Tensor? hmask, "
-      "Tensor? vmask) -> Tensor");
-  m.def(
-      "forward_out(Tensor images, int height, int width, bool hflip, bool vflip, Tensor? hmask, "
-      "Tensor? vmask, Tensor(a!) out) -> ()");
-  m.def(
-      "backward(Tensor grad, int height, int width, bool hflip, bool vflip, Tensor? hmask, "
-      "Tensor? vmask) -> Tensor");
+#define FUSED_ARGS \
+  "SymInt height, SymInt width, bool hflip, bool vflip, Tensor? hmask, Tensor? vmask"
+  m.def("forward(Tensor images, " FUSED_ARGS ") -> Tensor");
+  m.def("backward(Tensor grad, " FUSED_ARGS ") -> Tensor");
+  // forward without a gradient: a call need not pass through autograd's Python
+  m.def("infer(Tensor images, " FUSED_ARGS ") -> Tensor");
+  m.def("forward_out(Tensor images, " FUSED_ARGS ", Tensor(a!) out) -> ()");
 }
 
 void implement(torch::stable::detail::StableLibrary& m) {
   m.impl("forward", TORCH_BOX(&made<false>));
+  m.impl("infer", TORCH_BOX(&made<false>));
   m.impl("forward_out", TORCH_BOX(&forward_out));
   m.impl("backward", TORCH_BOX(&made<true>));
 }

@@ -122,6 +122,7 @@ void run(const Problem& p, const Plan<T>& plan, int64_t n, int64_t begin, int64_
   const T unit = std::is_same<In, uint8_t>::value ? T(1) / T(255) : T(1);
   const bool direct = !backward && std::is_same<Out, T>::value && p.to.column == 1;
 
+  const int64_t ahead = (p.from.image(1) - p.from.image(0)), ahead_out = (p.to.image(1) - p.to.image(0));
   int64_t have = rows.first[begin];
   for (int64_t o = begin; o < end; o += kRows) {
     const int count = static_cast<int>(std::min<int64_t>(kRows, end - o));
@@ -130,6 +131,8 @@ void run(const Problem& p, const Plan<T>& plan, int64_t n, int64_t begin, int64_
     while (have < need) {
       int64_t more = joined ? std::min(need - have, plan.ring - (have & mask)) : 1;
       T* to = ring + (have & mask) * pitch;
+      if (joined && !backward) for (int c = 0; c < 3; ++c) { const char* q = reinterpret_cast<const char*>(source + have * from_row + c * p.from.channel + ahead); for (int64_t i = 0; i < more * width * (int64_t)sizeof(In); i += 64) __builtin_prefetch(q + i, 0, 3); }
+      if (direct) { const char* q = reinterpret_cast<const char*>(target + o * to_row + ahead_out); for (int64_t i = 0; i < 4*28*4; i += 64) __builtin_prefetch(q + i, 1, 3); }
       const In* from = source + have * from_row;
       if (backward) {
         for (int64_t i = 0; i < more * width; ++i) to[i] = T(from[i * p.from.column]);
