@@ -1,6 +1,6 @@
 """The chain that the nets imitate, three ways: torchvision's own (the ground truth), its plain
-torch twin as two small matrix products, and the fused operator, whose library `common._build` finds or
-builds when it is first used. Imports nothing else of `common`."""
+torch twin as two small matrix products, and the fused operator. Imports nothing of `common`, but
+for the operator's library, which `common._build` finds or builds when it is first used."""
 
 from functools import lru_cache
 
@@ -87,12 +87,15 @@ def fused_transform(
     operator if it is not built. Raises RuntimeError for a wrong shape, dtype, device or size, and
     where the operator cannot be built.
     """
-    height, width = size
+    try:
+        height, width = size
+    except (TypeError, ValueError):
+        raise TypeError(f"fused_transform: size must be (height, width), not {size!r}") from None
     hmask = vmask = None
-    if isinstance(hflip, Tensor):
-        hflip, hmask = False, hflip
-    if isinstance(vflip, Tensor):
-        vflip, vmask = False, vflip
+    if not isinstance(hflip, bool):
+        hflip, hmask = False, _mask("hflip", hflip)
+    if not isinstance(vflip, bool):
+        vflip, vmask = False, _mask("vflip", vflip)
     _load_operator()
     ops = torch.ops.fused_transform
     differentiated = images.requires_grad and torch.is_grad_enabled()
@@ -127,6 +130,12 @@ class FusedTransform(nn.Module):
 
     def extra_repr(self) -> str:
         return f"size={self.size}, hflip={self.hflip}, vflip={self.vflip}"
+
+
+def _mask(name: str, flip) -> Tensor:
+    if not isinstance(flip, Tensor):
+        raise TypeError(f"fused_transform: {name} must be a bool or a bool tensor, not {flip!r}")
+    return flip
 
 
 _loaded = False
