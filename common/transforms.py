@@ -141,6 +141,7 @@ def _mask(name: str, flip) -> Tensor:
 _loaded = False
 
 
+@torch.compiler.assume_constant_result  # torch.compile runs this when it traces a call
 def _load_operator() -> None:
     """Loads the library, once a process, and registers what C++ does not: fakes and gradients."""
     global _loaded
@@ -170,11 +171,6 @@ def _load_operator() -> None:
             setup_context=_save_for_adjoint,
         )
     _loaded = True
-
-
-# torch.compile runs this while tracing, rather than tracing it; what torch.compiler's
-# assume_constant_result sets, without the import of its machinery
-_load_operator._dynamo_marked_constant = True
 
 
 def _save_for_adjoint(ctx, inputs, output: Tensor) -> None:

@@ -1,5 +1,7 @@
 // The operators: schema, checks, and the way to the kernel of the device. The Python side
 // (common/transforms.py) registers what they mean without data (fake) and their gradients.
+#include "fused.h"
+
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -11,8 +13,6 @@
 #include <string>
 #include <utility>
 #include <vector>
-
-#include "fused.h"
 
 namespace fused {
 namespace {

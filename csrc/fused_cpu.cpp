@@ -22,7 +22,7 @@
 namespace fused {
 namespace {
 
-constexpr int64_t kLanes = 16, kRows = 4;
+constexpr int64_t kLanes = 16, kRows = 7;  // what 32 registers hold; divides 28 and 224
 
 int64_t padded(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
 
@@ -109,7 +109,7 @@ template <typename T>
 struct Plan {
   int64_t height, width, out_height, out_width;
   bool backward;
-  Bands<T> rows, columns[2];     // columns[hflip]
+  Bands<T> rows, columns[2];               // columns[hflip]
   int64_t pitch, spare, ring, v, scratch;  // lengths, in elements
 
   Plan(const Problem& p, bool backward)
@@ -124,8 +124,8 @@ struct Plan {
     fill_lanes(columns[1]);
     pitch = padded(columns[0].columns);
     spare = padded(columns[0].rows);
-    // the ring holds what four rows of the result see; a power of two spares divisions
-    int64_t seen = std::max<int64_t>(kRows, 4096 / pitch);
+    // the ring holds what kRows rows of the result see; a power of two spares divisions
+    int64_t seen = std::min<int64_t>(rows.columns, 2048 / pitch);
     for (int64_t o = 0; o < rows.rows; ++o) {
       const int64_t last = std::min(o + kRows, rows.rows) - 1;
       seen = std::max<int64_t>(seen, rows.first[last] + rows.count[last] - rows.first[o]);

@@ -1,6 +1,6 @@
 // The CPU kernel, included by fused_cpu.cpp once for each instruction set, inside a namespace and
-// a target of its own. Output rows go four at a time: gray rows into a ring, the vertical pass
-// into four rows of `v`, the horizontal pass into the target.
+// a target of its own. Output rows go kRows at a time: gray rows into a ring, the vertical pass
+// into the rows of `v`, the horizontal pass into the target.
 template <typename In, typename T>
 inline void gray(const In* red, int64_t channel, int64_t column, int64_t n, T unit,
                  T* __restrict out) {
@@ -16,6 +16,14 @@ inline void gray(const In* red, int64_t channel, int64_t column, int64_t n, T un
     for (int64_t i = 0; i < n; ++i) FUSED_GRAY(i, i * column);
   }
 #undef FUSED_GRAY
+}
+
+// Asks for memory before its turn: the processor's own prefetching stops at the end of a page,
+// which for a small image is the end of a channel.
+template <bool write>
+inline void fetch(const void* begin, int64_t bytes) {
+  const char* p = static_cast<const char*>(begin);
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(p + i, write, write ? 3 : 2);
 }
 
 // v = the sum of N weighted rows (and v, where `add`), in the order of the taps.
@@ -106,8 +114,7 @@ inline void horizontal(const Bands<float>& bands, const float* v, int64_t pitch,
 
 // The target rows [begin, end) of image n (before a flip of the target's rows).
 template <bool backward, typename In, typename Out, typename T>
-void run(const Problem& p, const Plan<T>& plan, int64_t n, int64_t begin, int64_t end,
-         T* scratch) {
+void run(const Problem& p, const Plan<T>& plan, int64_t n, int64_t begin, int64_t end, T* scratch) {
   const bool hflip = p.hflip(n), vflip = p.vflip(n);
   const Bands<T>&rows = plan.rows, &columns = plan.columns[hflip];
   const int64_t width = columns.columns, pitch = plan.pitch, mask = plan.ring - 1;
@@ -122,7 +129,11 @@ void run(const Problem& p, const Plan<T>& plan, int64_t n, int64_t begin, int64_
   const T unit = std::is_same<In, uint8_t>::value ? T(1) / T(255) : T(1);
   const bool direct = !backward && std::is_same<Out, T>::value && p.to.column == 1;
 
-  const int64_t ahead = (p.from.image(1) - p.from.image(0)), ahead_out = (p.to.image(1) - p.to.image(0));
+  // the next image, or the next page of a large one
+  const int64_t next = n + 1 < p.images ? n + 1 : n, page = 4096 / sizeof(In);
+  const bool small = rows.columns * width <= 4 * page;
+  const int64_t ahead = small ? p.from.image(next) - p.from.image(n) : page;
+  const int64_t to_ahead = p.to.image(next) - p.to.image(n);
   int64_t have = rows.first[begin];
   for (int64_t o = begin; o < end; o += kRows) {
     const int count = static_cast<int>(std::min<int64_t>(kRows, end - o));
@@ -131,16 +142,19 @@ void run(const Problem& p, const Plan<T>& plan, int64_t n, int64_t begin, int64_
     while (have < need) {
       int64_t more = joined ? std::min(need - have, plan.ring - (have & mask)) : 1;
       T* to = ring + (have & mask) * pitch;
-      if (joined && !backward) for (int c = 0; c < 3; ++c) { const char* q = reinterpret_cast<const char*>(source + have * from_row + c * p.from.channel + ahead); for (int64_t i = 0; i < more * width * (int64_t)sizeof(In); i += 64) __builtin_prefetch(q + i, 0, 3); }
-      if (direct) { const char* q = reinterpret_cast<const char*>(target + o * to_row + ahead_out); for (int64_t i = 0; i < 4*28*4; i += 64) __builtin_prefetch(q + i, 1, 3); }
       const In* from = source + have * from_row;
       if (backward) {
         for (int64_t i = 0; i < more * width; ++i) to[i] = T(from[i * p.from.column]);
       } else {
         gray(from, p.from.channel, p.from.column, more * width, unit, to);
       }
+      for (int c = 0; c < (backward ? 1 : 3) && p.from.column == 1; ++c) {
+        fetch<false>(from + c * p.from.channel + ahead, more * width * sizeof(In));
+      }
       have += more;
     }
+    const Out* low = target + (to_row < 0 ? o + count - 1 : o) * to_row;
+    if (direct) fetch<true>(low + to_ahead, count * columns.rows * sizeof(Out));
     T* out[kRows];
     for (int r = 0; r < count; ++r) {
       const T* w = &rows.weight[(o + r) * rows.width];

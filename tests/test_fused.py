@@ -319,7 +319,6 @@ def test_importing_is_cheap():
     code = (
         "import sys, common.transforms as t\n"
         "assert not t._loaded and 'common._build' not in sys.modules\n"
-        "assert 'torch._dynamo.convert_frame' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 
