@@ -1,0 +1,19 @@
+"""The training scripts run in the tests' own process here, as starting torch takes seconds."""
+
+import signal
+
+import pytest
+
+from common import training
+
+
+@pytest.fixture(autouse=True)
+def quiet(monkeypatch):
+    """No wandb unless asked for; signal handlers are put back; a dry run may take more than its
+    two epochs."""
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    monkeypatch.setitem(training.DRY_RUN, "epochs", 9)
+    handlers = [(number, signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM)]
+    yield
+    for number, handler in handlers:
+        signal.signal(number, handler)

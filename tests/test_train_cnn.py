@@ -1,0 +1,83 @@
+"""train_cnn.py as a user runs it, with both losses."""
+
+import json
+
+import pytest
+import torch
+
+import train_cnn
+from common import training
+from common.models import ConvNet
+from tests.runs import assert_equal_runs, history, run_script
+
+SMALL = ["--data", "synthetic", "--dry-run", "--batch-size", "16"]
+RANDOM = ["--perceptual", "--vgg-weights", "random"]
+TERMS = {"mse", "vgg2", "vgg7", "vgg14", "vgg21", "vgg28"}
+
+
+@pytest.fixture(autouse=True)
+def few(monkeypatch):
+    monkeypatch.setitem(training.DRY_RUN, "train_size", 40)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    # the nets are too small here for two threads, which wait for each other on a busy machine
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def run(*args, code=0):
+    run_script(train_cnn, *args, code=code)
+
+
+@pytest.mark.parametrize("flags", [[], RANDOM, ["--precision", "bf16"]], ids=" ".join)
+def test_resumed_it_is_the_same_run(tmp_path, flags):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    run(*SMALL, *flags, "--epochs", 2, "--out", whole)
+    run(*SMALL, *flags, "--epochs", 1, "--out", cut)
+    run(*SMALL, *flags, "--epochs", 2, "--out", cut, "--resume")
+    assert_equal_runs(whole, cut)
+
+
+def test_the_terms_of_the_perceptual_loss_stand_beside_it(tmp_path):
+    run(*SMALL, *RANDOM, "--epochs", 1, "--out", tmp_path)
+    (line,) = history(tmp_path)
+    for split in ("train", "val"):
+        terms = [line[f"{split}_{name}"] for name in TERMS]
+        assert line[f"{split}_loss"] == pytest.approx(sum(terms), rel=1e-4)
+    weights = torch.load(tmp_path / "best.pt")["model"]
+    assert weights.keys() == ConvNet().state_dict().keys()  # without the VGG
+    assert json.loads((tmp_path / "metrics.json").read_text())["args"]["vgg_weights"] == "random"
+
+
+def test_the_net_of_the_other_loss_is_shown_beside_where_its_flip_is_the_same(tmp_path, capsys):
+    run(*SMALL, "--flip", "fixed", "--epochs", 1, "--out", tmp_path / "cnn")
+    both = [*SMALL, *RANDOM, "--epochs", 0, "--out", tmp_path / "cnn-perceptual"]
+    run(*both, "--flip", "fixed")
+    result = json.loads((tmp_path / "cnn-perceptual" / "metrics.json").read_text())
+    first = json.loads((tmp_path / "cnn" / "metrics.json").read_text())
+    other = result["others"]["CNN, MSE"]
+    assert {key: other[key] for key in first["test"]} == pytest.approx(first["test"])
+    assert other["terms"].keys() == {"loss", *TERMS}
+    run(*both, "--flip", "learned")
+    result = json.loads((tmp_path / "cnn-perceptual" / "metrics.json").read_text())
+    assert result["others"] == {}
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--vgg-size", "31"], "--vgg-size"),
+        (["--vgg-weights", "/nowhere.pth"], "/nowhere.pth"),
+        (["--flip", "both"], "--flip"),
+    ],
+)
+def test_a_mistake_costs_one_line(tmp_path, capsys, flags, words):
+    run(*SMALL, "--perceptual", *flags, "--out", tmp_path, code=2)
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert words in err
+    assert list(tmp_path.iterdir()) == []
