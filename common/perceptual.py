@@ -110,6 +110,29 @@ def _nhwc(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last)
 
 
+def _pack(weight: Tensor) -> Tensor:
+    """The weight as a 3x3 convolution likes it best. oneDNN would bring it into its own layout
+    again at each call, which costs up to a seventh of the whole step on a CPU."""
+    cpu, bf16 = weight.device.type == "cpu", weight.dtype == torch.bfloat16
+    if not cpu or weight.dtype == torch.float64 or not torch.backends.mkldnn.is_available():
+        return _nhwc(weight)
+    if bf16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return _nhwc(weight)
+    weight = weight.contiguous().to_mkldnn()
+    return torch._C._nn.mkldnn_reorder_conv2d_weight(weight, (1, 1), (1, 1), (1, 1), 1)
+
+
+def _conv(x: Tensor, weight: Tensor, bias: Tensor | None = None, relu: bool = False) -> Tensor:
+    """A 3x3 convolution with padding 1, its weight from _pack."""
+    if not weight.is_mkldnn:
+        x = F.conv2d(x, weight, bias, padding=1)
+        return x.relu_() if relu else x
+    how = "relu" if relu else "none"
+    return torch.ops.mkldnn._convolution_pointwise(
+        x, weight, bias, (1, 1), (1, 1), (1, 1), 1, how, [], None
+    )
+
+
 class PerceptualLoss(nn.Module):
     """MSE(output, target) plus, for each l of the layers 2, 7, 14, 21, 28 of torchvision's
     vgg16().features, the mean over C, H, W of the squared difference of its outputs, averaged
@@ -117,8 +140,8 @@ class PerceptualLoss(nn.Module):
 
     weights: see load_vgg16. size: the side, at least 32, to which the images are enlarged.
     After a call, `parts` holds the six terms, detached, by the names in TERMS. The VGG runs in
-    bfloat16 under autocast, else in float32; it is not part of any state dict.
-    Raises UserError for a bad size or weights file.
+    bfloat16 under autocast, else in float32, on the output's device; it has no parameters and
+    leaves nothing in a state dict. Raises UserError for a bad size or weights file.
     """
 
     def __init__(self, weights: str | Path, size: int = 224) -> None:
@@ -127,135 +150,117 @@ class PerceptualLoss(nn.Module):
             raise UserError(f"the VGG halves its input four times: size {size} is below 32")
         self.size = size
         self.parts: dict[str, Tensor] = {}
-        self._prepared: dict[tuple[torch.dtype, torch.device], list] = {}
-        state = load_vgg16(weights)
-        for key, value in state.items():
-            self.register_buffer(key.replace(".", "_"), value, persistent=False)
+        self._weights = load_vgg16(weights)
+        self._prepared: tuple = (None, [])
 
     def forward(self, output: Tensor, target: Tensor) -> Tensor:
-        """output, target: (N, 1, H, W) float in [0, 1] (the output may stray). Returns a float32
-        scalar, differentiable once, with respect to the output."""
-        device = output.device.type
-        dtype = torch.promote_types(output.dtype, torch.float32)
-        output, target = output.to(dtype), target.detach().to(dtype)
-        if torch.is_autocast_enabled(device):
-            dtype = torch.bfloat16
-        with torch.autocast(device, enabled=False):
-            mse = F.mse_loss(output, target)
-            total, terms = _Distances.apply(
-                self._enlarge(output), self._enlarge(target), self, dtype
+        """output, target: (N, 1, H, W) float, in [0, 1] but for what the net overshoots. Returns
+        a scalar, float32 or float64 as the output, once differentiable with respect to it."""
+        if output.shape != target.shape or output.dim() != 4 or output.shape[1] != 1:
+            raise ValueError(
+                f"need two (N, 1, H, W), not {tuple(output.shape)} and {tuple(target.shape)}"
             )
-            self.parts = dict(zip(TERMS, (mse.detach(), *terms), strict=True))
-            return mse + total
+        kind = output.device.type
+        exact = torch.promote_types(output.dtype, torch.float32)
+        dtype = torch.bfloat16 if torch.is_autocast_enabled(kind) else exact
+        with torch.autocast(kind, enabled=False):
+            if self._prepared[0] != (dtype, output.device):
+                layers = _prepare(self._weights, dtype, output.device)
+                self._prepared = (dtype, output.device), layers
+            output, target = output.to(exact), target.detach().to(exact)
+            mse = F.mse_loss(output, target)
+            large = [
+                (F.interpolate(x, size=self.size, mode="bilinear") - GRAY_MEAN) / GRAY_STD
+                for x in (output, target)
+            ]
+            distance, terms = _Distance.apply(*large, self._prepared[1], dtype)
+        self.parts = dict(zip(TERMS, (mse.detach(), *terms), strict=True))
+        return mse + distance
 
-    def _enlarge(self, images: Tensor) -> Tensor:
-        return (F.interpolate(images, size=self.size, mode="bilinear") - GRAY_MEAN) / GRAY_STD
 
-    def _layers(self, dtype: torch.dtype, device: torch.device) -> list[list[tuple]]:
-        """Per block and convolution: weight and bias forward, and the weight of its gradient,
-        which is a convolution too: channels swapped, kernel turned by 180 degrees. Cast once."""
-        if (dtype, device) in self._prepared:
-            return self._prepared[dtype, device]
-        blocks = []
-        for places in CONVS:
-            blocks.append([])
-            for place in places:
-                weight = getattr(self, f"features_{place}_weight")
-                bias = getattr(self, f"features_{place}_bias")
-                back = weight.transpose(0, 1).flip(2, 3)
-                if place == 0:
-                    # All three channels carry the same gray value, so one is enough; a second, of
-                    # ones, carries what the three normalisations add. Both are padded with zeros
-                    # as the normalised image is, so the border comes out right too.
-                    mean, std = weight.new_tensor(MEAN), weight.new_tensor(STD)
-                    scale = torch.stack([GRAY_STD / std, (GRAY_MEAN - mean) / std])
-                    weight = torch.einsum("ocij,kc->okij", weight, scale)
-                    back = weight[:, 0].flatten(1)  # (64, 9), see _backward
-                blocks[-1].append(
-                    tuple(
-                        _nhwc(w) if w.dim() == 4 else w
-                        for w in map(lambda w: w.to(dtype), (weight, bias, back))
-                    )
-                )
-        self._prepared = {(dtype, device): blocks}
-        return blocks
+def _prepare(weights: dict[str, Tensor], dtype: torch.dtype, device: torch.device) -> list[tuple]:
+    """For each convolution its weight, its bias, and the weight of its gradient, which is a
+    convolution too: channels swapped, kernel turned by 180 degrees."""
+    layers = []
+    for place in (place for block in CONVS for place in block):
+        weight = weights[f"features.{place}.weight"]
+        weight = weight.to(device, torch.promote_types(dtype, torch.float32))
+        bias = weights[f"features.{place}.bias"].to(device, dtype)
+        back = weight.transpose(0, 1).flip(2, 3)
+        if place == 0:
+            # The three channels differ by their normalisation only, so the layer is one of a gray
+            # channel and of one that holds ones. Outside of the image both are zero, as the
+            # normalised image is. A third holds what bfloat16 rounds off the gray: so near to
+            # the image, eight bits would cost more accuracy than in all the layers above.
+            mean, std = weight.new_tensor(MEAN), weight.new_tensor(STD)
+            gray, ones = GRAY_STD / std, (GRAY_MEAN - mean) / std
+            weight = torch.einsum("ocij,kc->okij", weight, torch.stack([gray, gray, ones]))
+            layers.append((_pack(weight.to(dtype)), bias, weight[:, 0].flatten(1).to(dtype)))
+        else:
+            layers.append((_pack(weight.to(dtype)), bias, _pack(back.to(dtype))))
+    return layers
 
-    def distances(self, x: Tensor, need_grad: bool) -> tuple[Tensor, Tensor | None]:
-        """x: (2n, 1, size, size), n outputs and their n targets, gray and normalised. Returns the
-        sums over the n images of the five terms, and the gradient of their sum with respect to
-        the outputs (n, 1, size, size), float32, or None."""
-        n, size = len(x) // 2, x.shape[2:]
-        exact = torch.promote_types(x.dtype, torch.float32)
-        blocks = self._layers(x.dtype, x.device)
-        x = _nhwc(torch.cat([x, torch.ones_like(x)], dim=1))
-        terms, tape = [], []
-        for i, block in enumerate(blocks):
-            inputs = []
-            for j, (weight, bias, _) in enumerate(block):
-                inputs.append(x[:n])
-                x = F.conv2d(x, weight, bias, padding=1)
-                if j < len(block) - 1:
-                    x.relu_()
+
+def _distances(x: Tensor, layers: list, dtype: torch.dtype, need_grad: bool):
+    """x: (2n, 1, S, S), n outputs and then their targets, gray and normalised. Returns the five
+    distances (5,), each summed over the n images, and the gradient (n, 1, S, S) of their total
+    with respect to the outputs, or None. Both have the dtype of x, the VGG runs in `dtype`."""
+    n, shape, exact = len(x) // 2, x.shape[2:], x.dtype
+    gray = x.to(dtype)
+    x = _nhwc(torch.cat([gray, (x - gray).to(dtype), torch.ones_like(gray)], dim=1))
+    terms, tape, difference = [], [], None
+    compared = [place == block[-1] for block in CONVS for place in block]
+    for (weight, bias, back), compare in zip(layers, compared, strict=True):
+        pooled = None
+        if difference is not None:
+            # After the pooling, ReLU gives the same as before it, on a quarter of the pixels.
+            x, indices = F.max_pool2d(x, 2, return_indices=True)
+            x.relu_()
+            pooled = difference, indices[:n]
+        source, difference = x[:n], None
+        x = _conv(x, weight, bias, relu=not compare)
+        if compare:
             difference = x[:n] - x[n:]
-            # by rows, so that bfloat16 rounds many sums a little and not one sum a lot
-            rows = difference.permute(0, 2, 3, 1).flatten(2)
-            count = difference[0].numel()
-            norms = torch.linalg.vector_norm(rows, dim=2)
-            terms.append(norms.to(exact).square().sum() / count)
-            places = None
-            if i < len(blocks) - 1:
-                # ReLU after the pooling gives what it gives before, on a quarter of the pixels
-                x, places = F.max_pool2d(x, 2, return_indices=True)
-                x.relu_()
-                places = places[:n]
-            tape.append((block, inputs, difference, 2 / count, places))
-        terms = torch.stack(terms)
-        return terms, self._backward(tape, size) if need_grad else None
+            # row by row: bfloat16 then rounds many norms a little, not one by a lot
+            norms = torch.linalg.vector_norm(difference.permute(0, 2, 3, 1).flatten(2), dim=2)
+            terms.append(norms.to(exact).square().sum() / difference[0].numel())
+        tape.append((back, source, pooled, difference))
+    terms = torch.stack(terms)
+    if not need_grad:
+        return terms, None
+    grad = None
+    for back, source, pooled, difference in reversed(tape[1:]):
+        if difference is not None:
+            factor = 2 / difference[0].numel()
+            grad = difference * factor if grad is None else grad.add_(difference, alpha=factor)
+        grad = _conv(grad, back)
+        # in place: zero where the ReLU let nothing through
+        torch.ops.aten.threshold_backward.grad_input(grad, source, 0, grad_input=grad)
+        if pooled is not None:
+            grad = torch.ops.aten.max_pool2d_with_indices_backward(
+                grad, pooled[0], (2, 2), (2, 2), (0, 0), (1, 1), False, pooled[1]
+            )
+    # The first layer leads back to one channel, which a convolution does badly: a matrix product
+    # gives each pixel's 9 contributions, and fold adds them up.
+    taps = grad.permute(0, 2, 3, 1).flatten(1, 2) @ tape[0][0]
+    return terms, F.fold(taps.mT.to(exact), shape, 3, padding=1)
+
+
+class _Distance(torch.autograd.Function):
+    """The sum of the five terms, and the five without gradient, a few images at a time."""
 
     @staticmethod
-    def _backward(tape: list[tuple], size: torch.Size) -> Tensor:
-        grad = None
-        for block, inputs, difference, factor, places in reversed(tape):
-            if grad is None:
-                grad = difference.mul_(factor)
-            else:
-                grad = torch.ops.aten.max_pool2d_with_indices_backward(
-                    grad, difference, [2, 2], [2, 2], [0, 0], [1, 1], False, places
-                ).add_(difference, alpha=factor)
-            for (_, _, back), x in zip(reversed(block), reversed(inputs), strict=True):
-                if back.dim() == 2:  # the first layer: one channel is left of 64
-                    taps = grad.permute(0, 2, 3, 1).flatten(1, 2) @ back
-                    return F.fold(
-                        taps.mT.to(torch.promote_types(taps.dtype, torch.float32)),
-                        size,
-                        3,
-                        padding=1,
-                    )
-                grad = F.conv2d(grad, back, padding=1)
-                # where the ReLU before this convolution let nothing through
-                torch.ops.aten.threshold_backward.grad_input(grad, x, 0, grad_input=grad)
-        raise AssertionError("unreachable: the first layer returns")
-
-
-class _Distances(torch.autograd.Function):
-    """The five terms' sum, and the terms themselves without gradient."""
-
-    @staticmethod
-    def forward(ctx, output: Tensor, target: Tensor, loss: PerceptualLoss, dtype: torch.dtype):
-        chunk = CHUNK[output.device.type]
-        terms, grads = 0, []
-        for x, y in zip(output.to(dtype).split(chunk), target.to(dtype).split(chunk), strict=True):
-            part, grad = loss.distances(torch.cat([x, y]), ctx.needs_input_grad[0])
-            terms = terms + part
-            grads.append(grad)
-        terms = terms / len(output)
-        if ctx.needs_input_grad[0]:
-            ctx.save_for_backward(torch.cat(grads) / len(output))
+    def forward(ctx, output: Tensor, target: Tensor, layers: list, dtype: torch.dtype):
+        n, chunk, need_grad = len(output), CHUNK[output.device.type], ctx.needs_input_grad[0]
+        pairs = zip(output.split(chunk), target.split(chunk), strict=True)
+        parts = [_distances(torch.cat(pair), layers, dtype, need_grad) for pair in pairs]
+        terms = torch.stack([terms for terms, _ in parts]).sum(0) / n
+        if need_grad:
+            ctx.save_for_backward(torch.cat([grad for _, grad in parts]) / n)
         ctx.mark_non_differentiable(terms)
         return terms.sum(), terms
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor, _):
-        (saved,) = ctx.saved_tensors
-        return grad * saved, None, None, None
+        return grad * ctx.saved_tensors[0], None, None, None

@@ -17,8 +17,8 @@ from torchvision.models import vgg
 from common.models import ConvNet
 from common.perceptual import PerceptualLoss, load_vgg16
 
-MEAN = torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1)
-STD = torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1)
+MEAN = torch.tensor([0.485, 0.456, 0.406], dtype=torch.float64).view(1, 3, 1, 1)
+STD = torch.tensor([0.229, 0.224, 0.225], dtype=torch.float64).view(1, 3, 1, 1)
 
 
 def plain_net() -> nn.Sequential:
