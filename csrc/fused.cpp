@@ -92,14 +92,14 @@ std::vector<int64_t> target_shape(const Tensor& from, int64_t height, int64_t wi
                   torch::headeronly::toString(type));
   STD_TORCH_CHECK(dim >= 3 && from.size(dim - 3) == channels,
                   "fused_transform: images must be (..., 3, H, W), not ", shape(from));
-  constexpr int64_t most = (int64_t{1} << 31) - 64;
+  constexpr int64_t most = int64_t{1} << 30;
   const int64_t h = from.size(dim - 2), w = from.size(dim - 1);
   STD_TORCH_CHECK(h >= 1 && w >= 1 && h < most && w < most,
-                  "fused_transform: images must have at least one pixel and fewer than 2**31 "
+                  "fused_transform: images must have at least one pixel and fewer than 2**30 "
                   "rows and columns, not ",
                   shape(from));
   STD_TORCH_CHECK(height >= 1 && width >= 1 && height < most && width < most,
-                  "fused_transform: size must be two positive integers below 2**31, not (", height,
+                  "fused_transform: size must be two positive integers below 2**30, not (", height,
                   ", ", width, ")");
   std::vector<int64_t> sizes(from.sizes().begin(), from.sizes().end());
   sizes[dim - 3] = backward ? 3 : 1;

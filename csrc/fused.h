@@ -12,7 +12,9 @@
 
 namespace fused {
 
-constexpr double kGray[3] = {0.2989, 0.587, 0.114};
+FUSED_HD double gray_weight(int channel) {
+  return channel == 0 ? 0.2989 : channel == 1 ? 0.587 : 0.114;
+}
 constexpr int kBatchDims = 8;  // leading dimensions left after merging those that can be merged
 
 // A product that no compiler fuses with the sum after it: a rounding decides whether a pixel lies

@@ -4,7 +4,7 @@
 template <typename In, typename T>
 inline void gray(const In* red, int64_t channel, int64_t column, int64_t n, T unit,
                  T* __restrict out) {
-  const T r = T(kGray[0]) * unit, g = T(kGray[1]) * unit, b = T(kGray[2]) * unit;
+  const T r = T(gray_weight(0)) * unit, g = T(gray_weight(1)) * unit, b = T(gray_weight(2)) * unit;
   const In *green = red + channel, *blue = green + channel;
 #define FUSED_GRAY(i, j) out[i] = T(red[j]) * r + T(green[j]) * g + T(blue[j]) * b
   if (column == 1) {
@@ -165,7 +165,7 @@ void run(const Problem& p, const Plan<T>& plan, int64_t n, int64_t begin, int64_
     for (int r = 0; r < count && !direct; ++r) {
       for (int c = 0; c < (backward ? 3 : 1); ++c) {
         Out* to = target + (o + r) * to_row + c * p.to.channel;
-        const T scale = backward ? T(kGray[c]) : T(1);
+        const T scale = backward ? T(gray_weight(c)) : T(1);
         for (int64_t i = 0; i < columns.rows; ++i) {
           to[i * p.to.column] = static_cast<Out>(out[r][i] * scale);
         }

@@ -408,7 +408,7 @@ REFUSED = {
     "size must be": [
         dict(size=(0, 4)),
         dict(size=(4, -1)),
-        dict(size=(2**31, 4)),
+        dict(size=(2**30, 4)),
         dict(size=4),
         dict(size=(4,)),
         dict(size=(4, 4, 4)),

@@ -1,0 +1,77 @@
+// Stands in for CUDA, so that csrc/fused_cuda.cu runs on the CPU, where the sanitizers see it: a
+// thread for each of a block's threads, a barrier for __syncthreads, the grid as a loop.
+#pragma once
+#include <pthread.h>
+
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <thread>
+#include <vector>
+
+#define __global__
+#define __device__
+#define __launch_bounds__(...)
+#define FUSED_THREADS 64
+#define FUSED_SHARED(name) unsigned char* const name = host_cuda::shared
+
+namespace host_cuda {
+
+struct Index {
+  unsigned x;
+};
+inline thread_local Index thread, block;
+inline Index grid;
+inline unsigned char* shared;
+inline pthread_barrier_t barrier;
+
+}  // namespace host_cuda
+
+#define threadIdx host_cuda::thread
+#define blockIdx host_cuda::block
+#define gridDim host_cuda::grid
+inline void __syncthreads() { pthread_barrier_wait(&host_cuda::barrier); }
+
+namespace fused {
+namespace {
+
+using std::max;
+using std::min;
+
+class Launch {
+ public:
+  Launch(int32_t, int64_t bytes) : scratch_(std::malloc(bytes), std::free) {}
+  void* memory() const { return scratch_.get(); }
+  int processors() const { return 3; }
+
+  template <typename... Parameters, typename... Arguments>
+  void run(void (*kernel)(Parameters...), int64_t blocks, size_t shared, Arguments... arguments) {
+    host_cuda::grid.x = static_cast<unsigned>(blocks);
+    pthread_barrier_init(&host_cuda::barrier, nullptr, FUSED_THREADS);
+    // of the exact size, for AddressSanitizer; aligned as shared memory is
+    std::unique_ptr<void, void (*)(void*)> memory(std::aligned_alloc(16, (shared + 15) / 16 * 16),
+                                                  std::free);
+    host_cuda::shared = static_cast<unsigned char*>(memory.get());
+    std::vector<std::thread> threads;
+    for (unsigned t = 0; t < FUSED_THREADS; ++t) {
+      threads.emplace_back([=] {
+        host_cuda::thread.x = t;
+        for (unsigned b = 0; b < host_cuda::grid.x; ++b) {
+          host_cuda::block.x = b;
+          if (t == 0 && shared) std::memset(host_cuda::shared, 0xff, shared);  // NaN
+          __syncthreads();
+          kernel(arguments...);
+          __syncthreads();
+        }
+      });
+    }
+    for (std::thread& thread : threads) thread.join();
+    pthread_barrier_destroy(&host_cuda::barrier);
+  }
+
+ private:
+  std::unique_ptr<void, void (*)(void*)> scratch_;
+};
+
+}  // namespace
+}  // namespace fused
