@@ -1,0 +1,78 @@
+"""The CUDA kernel without a GPU: its source runs on the CPU (tests/host_cuda.h) through the tests
+of the operator and under the sanitizers, and compiles for an architecture."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.cpp_extension import CUDA_HOME, include_paths
+
+from common import _build
+
+ROOT = Path(__file__).resolve().parent.parent
+COMPILER = os.environ.get("CXX", "c++")
+needs_compiler = pytest.mark.skipif(not shutil.which(COMPILER), reason="no C++ compiler")
+INCLUDES = [f"-I{path}" for path in include_paths()]
+STANDARD = "-std=c++20" if torch.__version__ >= "2.12" else "-std=c++17"
+
+
+def compile_host(output: Path, *options: str) -> None:
+    flags = [*_build.FLAGS, STANDARD, "-O1", "-g", "-fPIC", "-pthread", *INCLUDES]
+    command = [COMPILER, *flags, "tests/host_cuda.cpp", *options, "-o", str(output)]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
+
+
+@needs_compiler
+def test_passes_the_tests_of_the_operator(tmp_path):
+    torch_lib = Path(torch.__file__).parent / "lib"
+    library = tmp_path / "host_cuda.so"
+    compile_host(library, "-shared", "csrc/fused.cpp", f"-L{torch_lib}", "-ltorch_cpu", "-ltorch")
+    chosen = "equals_torchvision or nan or layouts or masks or out or empty or gradient or offsets"
+    code = f"""
+import sys, pathlib, pytest
+from common import _build
+_build.library = lambda: pathlib.Path({str(library)!r})
+sys.exit(pytest.main(["-q", "-x", "tests/test_fused.py", "-k", "({chosen}) and not threads"]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert " passed" in done.stdout
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("sanitizer", "cases"),
+    [("address,undefined", 12), ("thread", 8)],
+)
+def test_under_sanitizers(sanitizer, cases, tmp_path):
+    program = tmp_path / "host_cuda"
+    try:
+        options = [f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all", "-DHOST_CUDA_MAIN"]
+        compile_host(program, *options)
+    except subprocess.CalledProcessError as error:
+        pytest.skip(f"the compiler cannot build with {sanitizer}: {error.stderr[-200:]}")
+    done = subprocess.run([program, "1", str(cases)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+
+
+@pytest.mark.skipif(CUDA_HOME is None, reason="no CUDA toolkit")
+@pytest.mark.parametrize("architecture", ["sm_90"])
+def test_compiles_without_spills(architecture, tmp_path):
+    home = os.environ.get("CUDA_HOME", CUDA_HOME)
+    nvcc = shutil.which("nvcc", path=f"{home}/bin") or shutil.which("nvcc")
+    if not nvcc:
+        pytest.skip("no nvcc")
+    flags = [*_build.FLAGS, STANDARD, "-DUSE_CUDA", f"-arch={architecture}", "-Xptxas=-v"]
+    output = tmp_path / "fused.o"
+    command = [nvcc, *flags, *INCLUDES, "-c", "csrc/fused_cuda.cu", "-o", str(output)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if "Unsupported gpu architecture" in done.stderr:
+        pytest.skip(f"this nvcc does not know {architecture}")
+    assert done.returncode == 0, done.stderr[-3000:]
+    spills = [line for line in done.stderr.splitlines() if "spill" in line]
+    assert spills
+    assert all("0 bytes spill stores, 0 bytes spill loads" in line for line in spills)
