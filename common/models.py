@@ -141,4 +141,4 @@ class ConvNet(nn.Module):
         taps = fourth.weight[0].flatten(1).flip(1) * scale
         taps = x.permute(0, 2, 3, 1).flatten(1, 2) @ taps.to(x.dtype)
         size = (x.shape[2] - 1, x.shape[3] - 1)
-        return F.fold(taps.mT.float(), size, 4, padding=2) + fourth.bias.float()
+        return F.fold(taps.mT.to(fourth.weight.dtype), size, 4, padding=2) + fourth.bias
