@@ -19,7 +19,7 @@ from common.perceptual import PerceptualLoss
 
 
 def main() -> None:
-    p = training.parser(__doc__, epochs=5, batch_size=64, lr=1e-3)
+    p = training.parser(__doc__, epochs=5, batch_size=128, lr=1e-3)
     p.add_argument("--perceptual", action="store_true", help="add the VGG16 loss to the MSE")
     p.add_argument(
         "--vgg-weights",
