@@ -4,6 +4,9 @@ Resize(28) -> Grayscale -> horizontal flip -> vertical flip on CIFAR-10.
     python train_fc.py                                     until early stopping ends it
     python train_fc.py --init closed-form --epochs 0       the same net without training
     python train_fc.py --data synthetic --test-data cifar10
+
+Expected on CIFAR-10: 99.8 % of the test images at a cosine similarity of 0.95 and over 90 % at
+0.99, in a minute or two on two CPU cores (results/train-fc.json); 98 % after the first epoch.
 """
 
 from torch import nn
@@ -13,7 +16,7 @@ from common.models import FullyConnected, closed_form_
 
 
 def main() -> None:
-    p = training.parser(__doc__, epochs=500, batch_size=256, lr=3e-3)
+    p = training.parser(__doc__, epochs=500, batch_size=100, lr=2e-3)
     p.add_argument("--init", choices=["random", "closed-form"], default="random")
     args = training.parse(p, lambda args: "runs/fc")
     device, data = training.setup(args)

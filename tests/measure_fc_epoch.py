@@ -42,7 +42,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as out:
         sys.argv[1:] = ["--epochs", "1", "--wandb", "disabled", "--out", out]
         args = training.parse(
-            training.parser(__doc__, epochs=1, batch_size=256, lr=3e-3), lambda args: out
+            training.parser(__doc__, epochs=1, batch_size=100, lr=2e-3), lambda args: out
         )
         _, data = training.setup(args)
         images = to_float(data.train.images).flatten(1)
