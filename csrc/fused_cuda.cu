@@ -107,7 +107,8 @@ __device__ void fill(const Axis<T>& axis, const Bands<T>& bands, int64_t i) {
       if (seen.first > i) break;
       if (seen.first + seen.count <= i) continue;
       if (count == 0) bands.first[i] = static_cast<int32_t>(o);
-      bands.weight[int64_t{count++} * bands.rows + i] = weight(axis, seen, i - seen.first) / sum(seen);
+      bands.weight[int64_t{count++} * bands.rows + i] =
+          weight(axis, seen, i - seen.first) / sum(seen);
     }
     if (count == 0) bands.first[i] = 0;
   }
@@ -151,7 +152,8 @@ __global__ void __launch_bounds__(kThreads, 4)
   const int source_height = backward ? p.out_height : p.height;
   const int source_width = backward ? p.out_width : p.width;
   const T unit = std::is_same<In, uint8_t>::value ? T(1) / T(255) : T(1);
-  const T red = T(gray_weight(0)) * unit, green = T(gray_weight(1)) * unit, blue = T(gray_weight(2)) * unit;
+  const T red = T(gray_weight(0)) * unit, green = T(gray_weight(1)) * unit,
+          blue = T(gray_weight(2)) * unit;
   const Place load(pitch / load_size), across(pitch / quad);
 
   for (int64_t index = blockIdx.x; index < tiling.tiles; index += gridDim.x) {
@@ -238,7 +240,8 @@ __global__ void __launch_bounds__(kThreads, 4)
       const T* const weights = columns.weight + int64_t{x0 + begin - first} * columns.rows + i;
       T few[4];  // most windows are short: their weights stay in registers
 #pragma unroll
-      for (int t = 0; t < 4; ++t) few[t] = begin + t < end ? weights[int64_t{t} * columns.rows] : T(0);
+      for (int t = 0; t < 4; ++t)
+        few[t] = begin + t < end ? weights[int64_t{t} * columns.rows] : T(0);
 #pragma unroll 1
       for (int y = along.y; y < height; y += along.step) {
         const int to_y = vflip && !backward ? height - 1 - y : y;
