@@ -56,10 +56,13 @@ def _build(path: Path) -> None:
             seconds = time.perf_counter() - start
             print(f"Built {path} in {seconds:.0f} s. Ahead of time: {COMMAND}", file=sys.stderr)
     except (OSError, subprocess.CalledProcessError) as error:
-        log = getattr(error, "stderr", None) or str(error)
-        tail = "\n".join(log.strip().splitlines()[-8:])
+        # ninja reports the compiler's errors on stdout, Python its own on stderr
+        log = f"{getattr(error, 'stdout', '')}\n{getattr(error, 'stderr', error)}".splitlines()
+        tail = "\n".join(
+            [line for line in log if "error" in line.lower() or "not found" in line][-8:]
+        )
         raise RuntimeError(
             "The fused operator is not built, and building it failed. It needs a C++17 compiler "
             f"(or $CXX), ninja and setuptools; for the whole story run in {ROOT}:\n  {COMMAND}\n"
-            f"The end of the log:\n{tail}"
+            f"From the log:\n{tail}"
         ) from error

@@ -97,15 +97,14 @@ def fused_transform(
     if not isinstance(vflip, bool):
         vflip, vmask = False, _mask("vflip", vflip)
     _load_operator()
-    ops = torch.ops.fused_transform
     differentiated = images.requires_grad and torch.is_grad_enabled()
     try:
         if out is None:
-            op = ops.forward.default if differentiated else ops.infer.default
+            op = _forward if differentiated else _infer
             return op(images, height, width, hflip, vflip, hmask, vmask)
         if differentiated or (out.requires_grad and torch.is_grad_enabled()):
             raise RuntimeError("fused_transform: out= records no gradient; use torch.no_grad()")
-        ops.forward_out.default(images, height, width, hflip, vflip, hmask, vmask, out)
+        _forward_out(images, height, width, hflip, vflip, hmask, vmask, out)
         return out
     except NotImplementedError as error:
         raise RuntimeError(
@@ -138,14 +137,14 @@ def _mask(name: str, flip) -> Tensor:
     return flip
 
 
-_loaded = False
+_forward = _infer = _forward_out = None  # the operators, once they are loaded
 
 
 @torch.compiler.assume_constant_result  # torch.compile runs this when it traces a call
 def _load_operator() -> None:
     """Loads the library, once a process, and registers what C++ does not: fakes and gradients."""
-    global _loaded
-    if _loaded:
+    global _forward, _infer, _forward_out
+    if _infer is not None:
         return
     from common._build import COMMAND, library
 
@@ -170,7 +169,8 @@ def _load_operator() -> None:
             ),
             setup_context=_save_for_adjoint,
         )
-    _loaded = True
+    _forward, _forward_out = ops.forward.default, ops.forward_out.default
+    _infer = ops.infer.default
 
 
 def _save_for_adjoint(ctx, inputs, output: Tensor) -> None:

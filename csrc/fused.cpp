@@ -137,8 +137,20 @@ template <bool backward>
 Tensor made(const Tensor& from, int64_t height, int64_t width, bool hflip, bool vflip, Mask hmask,
             Mask vmask) {
   const std::vector<int64_t> sizes = target_shape<backward>(from, height, width);
-  Tensor to = torch::stable::empty(sizes, result_type(from.scalar_type()),
-                                   torch::headeronly::Layout::Strided, from.device());
+  // not torch::stable::empty, which looks its operator up by name at each call
+  std::vector<int64_t> strides(sizes.size(), 1);
+  for (size_t d = sizes.size() - 1; d > 0; --d) {
+    strides[d - 1] = strides[d] * std::max<int64_t>(sizes[d], 1);
+  }
+  int32_t type, device_type;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(from.get(), &type));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(from.get(), &device_type));
+  if (from.scalar_type() == ScalarType::Byte) type = aoti_torch_dtype_float32();
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(sizes.size(), sizes.data(), strides.data(),
+                                                         type, device_type, from.get_device_index(),
+                                                         &handle));
+  const Tensor to(handle);
   run<backward>(from, to, hflip, vflip, hmask, vmask);
   return to;
 }

@@ -217,14 +217,25 @@ void launch(const Problem& p) {
   const int64_t height = std::max(kRows, (plan.rows.rows + bands - 1) / bands);
   bands = (plan.rows.rows + height - 1) / height;
   const int64_t grain = std::max<int64_t>(1, (1 << 15) / (pixels / bands));
+  // a result larger than the caches is written past them: no line is read to be overwritten
+  const int64_t result = p.out_height * p.out_width, bytes = result * sizeof(T);
+  const bool dense = p.to.dims == 1 && p.to.strides[0] == result && p.to.row == p.out_width &&
+                     p.to.column == 1 && reinterpret_cast<uintptr_t>(p.target) % 64 == 0;
+  const bool past = level() == 2 && !backward && std::is_same<Out, T>::value && bands == 1 &&
+                    dense && bytes % 64 == 0 && bytes <= 1 << 15 && bytes * p.images >= 1 << 23;
+  const int64_t stage = past ? result : 0;
   torch::stable::parallel_for(0, p.images * bands, grain, [&](int64_t begin, int64_t end) {
-    std::vector<T> memory(plan.scratch + kLanes);
+    std::vector<T> memory(plan.scratch + kLanes + stage);
     T* scratch = memory.data();
     while (reinterpret_cast<uintptr_t>(scratch) % 64) ++scratch;
     for (int64_t task = begin; task < end; ++task) {
       const int64_t first = task % bands * height;
-      run(p, plan, task / bands, first, std::min(first + height, plan.rows.rows), scratch);
+      run(p, plan, task / bands, first, std::min(first + height, plan.rows.rows), scratch,
+          stage ? scratch + plan.scratch : nullptr);
     }
+#ifdef FUSED_X86
+    if (stage) _mm_sfence();
+#endif
   });
 }
 

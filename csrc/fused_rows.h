@@ -112,9 +112,11 @@ inline void horizontal(const Bands<float>& bands, const float* v, int64_t pitch,
 }
 #endif
 
-// The target rows [begin, end) of image n (before a flip of the target's rows).
+// The target rows [begin, end) of image n (before a flip of the target's rows), by way of `stage`
+// where that is given, which holds a whole result.
 template <bool backward, typename In, typename Out, typename T>
-void run(const Problem& p, const Plan<T>& plan, int64_t n, int64_t begin, int64_t end, T* scratch) {
+void run(const Problem& p, const Plan<T>& plan, int64_t n, int64_t begin, int64_t end, T* scratch,
+         T* stage) {
   const bool hflip = p.hflip(n), vflip = p.vflip(n);
   const Bands<T>&rows = plan.rows, &columns = plan.columns[hflip];
   const int64_t width = columns.columns, pitch = plan.pitch, mask = plan.ring - 1;
@@ -154,12 +156,15 @@ void run(const Problem& p, const Plan<T>& plan, int64_t n, int64_t begin, int64_
       have += more;
     }
     const Out* low = target + (to_row < 0 ? o + count - 1 : o) * to_row;
-    if (direct) fetch<true>(low + to_ahead, count * columns.rows * sizeof(Out));
+    if (direct && !stage) fetch<true>(low + to_ahead, count * columns.rows * sizeof(Out));
     T* out[kRows];
     for (int r = 0; r < count; ++r) {
       const T* w = &rows.weight[(o + r) * rows.width];
       vertical(ring, mask, pitch, rows.first[o + r], rows.count[o + r], w, v + r * pitch);
-      out[r] = direct ? reinterpret_cast<T*>(target + (o + r) * to_row) : spare + r * plan.spare;
+      const int64_t staged = vflip ? rows.rows - 1 - o - r : o + r;
+      out[r] = stage    ? stage + staged * columns.rows
+               : direct ? reinterpret_cast<T*>(target + (o + r) * to_row)
+                        : spare + r * plan.spare;
     }
     horizontal(columns, v, pitch, count, out);
     for (int r = 0; r < count && !direct; ++r) {
@@ -172,4 +177,13 @@ void run(const Problem& p, const Plan<T>& plan, int64_t n, int64_t begin, int64_
       }
     }
   }
+#ifdef FUSED_AVX512
+  if (stage) {
+    Out* const to = static_cast<Out*>(p.target) + p.to.image(n);
+    const int64_t step = 64 / sizeof(T);
+    for (int64_t i = 0; i < rows.rows * columns.rows; i += step) {
+      _mm512_stream_si512(reinterpret_cast<__m512i*>(to + i), _mm512_load_si512(stage + i));
+    }
+  }
+#endif
 }
