@@ -1,7 +1,7 @@
 """What an epoch of train_fc.py costs beside the bare matrix products of its forward and backward
 pass, in turn in one process. Not a test: it asserts nothing.
 
-    DATA_DIR=... python tests/measure_fc_epoch.py [rounds]
+    DATA_DIR=... python tests/measure_fc_epoch.py [rounds] [--batch-size N]
 """
 
 import os
@@ -38,9 +38,9 @@ def bare_products(images: torch.Tensor, batch_size: int) -> float:
 
 
 def main() -> None:
-    rounds = int(sys.argv.pop(1)) if len(sys.argv) > 1 else 7
+    rounds = int(sys.argv.pop(1)) if sys.argv[1:2] and sys.argv[1].isdigit() else 7
     with tempfile.TemporaryDirectory() as out:
-        sys.argv[1:] = ["--epochs", "1", "--wandb", "disabled", "--out", out]
+        sys.argv[1:] += ["--epochs", "1", "--wandb", "disabled", "--out", out]
         args = training.parse(
             training.parser(__doc__, epochs=1, batch_size=100, lr=2e-3), lambda args: out
         )
@@ -52,7 +52,10 @@ def main() -> None:
             state = training.fit(FullyConnected(), nn.MSELoss(), data, args, training.Log(args))
             epochs.append(state["history"][0]["seconds"])
     ratios = [epoch / products for epoch, products in zip(epochs, bare, strict=True)]
-    print(f"data: {data.name}, {os.cpu_count()} cores, torch {torch.__version__}")
+    print(
+        f"data: {data.name}, batches of {args.batch_size}, {os.cpu_count()} cores, "
+        f"torch {torch.__version__}"
+    )
     for name, values in (("epoch s", epochs), ("products s", bare), ("ratio", ratios)):
         low, middle, high = (min(values), statistics.median(values), max(values))
         print(f"{name:12} median {middle:.3f}  ({low:.3f} to {high:.3f})")
