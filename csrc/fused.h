@@ -10,10 +10,6 @@
 #define FUSED_HD inline
 #endif
 
-#ifndef STABLE_TORCH_ERROR_CODE_CHECK  // its name in torch 2.11
-#define STABLE_TORCH_ERROR_CODE_CHECK TORCH_ERROR_CODE_CHECK
-#endif
-
 namespace fused {
 
 FUSED_HD double gray_weight(int channel) {
