@@ -14,6 +14,10 @@
 #include <utility>
 #include <vector>
 
+#ifndef STABLE_TORCH_ERROR_CODE_CHECK  // its name in torch 2.11
+#define STABLE_TORCH_ERROR_CODE_CHECK TORCH_ERROR_CODE_CHECK
+#endif
+
 namespace fused {
 namespace {
 

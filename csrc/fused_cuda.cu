@@ -13,6 +13,7 @@
 #ifdef __CUDACC__
 #include <cuda_runtime.h>
 #include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/macros.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
@@ -26,7 +27,8 @@ namespace {
 class Launch {
  public:
   Launch(int32_t device, int64_t bytes) : guard_(device), device_(device) {
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream_));
+    STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(device, &stream_) == AOTI_TORCH_SUCCESS,
+                    "fused_transform: no current stream");
     scratch_ = torch::stable::empty({bytes}, ScalarType::Byte, torch::headeronly::Layout::Strided,
                                     torch::stable::Device(torch::headeronly::kCUDA, device));
   }
