@@ -23,7 +23,7 @@ from common.perceptual import PerceptualLoss
 
 
 def main() -> None:
-    p = training.parser(__doc__, epochs=5, batch_size=128, lr=1e-3)
+    p = training.parser(__doc__, epochs=5, batch_size=64, lr=1e-3)
     p.add_argument("--perceptual", action="store_true", help="add the VGG16 loss to the MSE")
     p.add_argument(
         "--vgg-weights",
@@ -43,7 +43,7 @@ def main() -> None:
     loss_fn = loss_fn.to(device)
 
     log = training.Log(args)
-    state = training.fit(model, loss_fn, data, args, log)
+    state = training.fit(model, loss_fn, data, args, log, decay=True)
     training.report(model, loss_fn, data, args, state, log, label(args.perceptual), others(args))
 
 

@@ -269,22 +269,29 @@ def add_up(sums: dict[str, Tensor], loss: Tensor, loss_fn: nn.Module, count: int
 
 
 # A resumed run is the same run: only these flags may change on the way.
-FREE = {"data_dir", "test_data", "epochs", "device", "out", "resume", "wandb"}
+FREE = {"data_dir", "test_data", "device", "out", "resume", "wandb"}
 
 
-def check_flags(saved: dict[str, Any], args: argparse.Namespace) -> None:
-    """Raises UserError where a checkpoint's flags are not those of this run."""
+def check_flags(saved: dict[str, Any], args: argparse.Namespace, free: set[str]) -> None:
+    """Raises UserError where a checkpoint's flags, but the `free` ones, are not this run's."""
     for key, value in vars(args).items():
-        if key not in FREE and saved.get(key) != value:
+        if key not in free and saved.get(key) != value:
             flag = "--" + key.replace("_", "-")
             raise UserError(f"--resume: that run had {flag} {saved.get(key)}, not {value}")
 
 
 def fit(
-    model: nn.Module, loss_fn: nn.Module, data: Data, args: argparse.Namespace, log: "Log"
+    model: nn.Module,
+    loss_fn: nn.Module,
+    data: Data,
+    args: argparse.Namespace,
+    log: "Log",
+    decay: bool = False,
 ) -> dict[str, Any]:
     """Trains `model` until early stopping or --epochs ends it, and leaves it with the weights of
     the lowest validation loss. Where `loss_fn` has `parts` (names to terms), each is logged.
+    decay: the learning rate falls in a line to zero at the end of --epochs, which suits a few
+    epochs; else it falls by steps where the validation loss rests, which suits a run without end.
 
     Returns {"history", "stopped", "best_epoch", "seconds_to_98"}. Raises UserError where the
     loss stops being finite; the last good checkpoints stay.
@@ -312,7 +319,7 @@ def fit(
 
     if args.resume:
         saved = load_checkpoint(out / "last.pt", model)
-        check_flags(saved["args"], args)
+        check_flags(saved["args"], args, FREE if decay else FREE | {"epochs"})
         for key, part in parts.items():
             part.load_state_dict(saved[key])
         state = {key: saved[key] for key in state}
@@ -321,15 +328,18 @@ def fit(
         write_text(out / "history.jsonl", "")
         save_best(0)
         save()
+    steps = math.ceil(len(data.train.images) / args.batch_size)
     interrupt = Interrupt()
     while (epoch := len(state["history"]) + 1) <= args.epochs and not state["stopped"]:
         model.train()
         start = time.perf_counter()
         todo = batches(data.train, args.batch_size, args.seed, epoch, state["step"])
-        steps = math.ceil(len(data.train.images) / args.batch_size)
         for images, targets in tqdm(
             todo, f"epoch {epoch}", steps, initial=state["step"], leave=False, disable=None
         ):
+            if decay:
+                done = (epoch - 1 + state["step"] / steps) / args.epochs
+                optimizer.param_groups[0]["lr"] = args.lr * (1 - done)
             optimizer.zero_grad()
             with autocast(args):
                 loss = loss_fn(model(images), targets)
@@ -345,11 +355,11 @@ def fit(
             save()
             print(f"interrupted, saved; to go on: {resume_command()}", file=sys.stderr)
             sys.exit(128 + interrupt.number)
-        line = end_epoch(
-            state, data, *evaluate(model, loss_fn, data.val, args), schedule.get_last_lr()[0]
-        )
+        lr = optimizer.param_groups[0]["lr"]  # of the last step
+        line = end_epoch(state, data, *evaluate(model, loss_fn, data.val, args), lr)
         state["stopped"] = stopping.step(line["val_loss"])
-        schedule.step(line["val_loss"])
+        if not decay:
+            schedule.step(line["val_loss"])
         log.epoch(line)
         if stopping.best_epoch == epoch:
             save_best(epoch)

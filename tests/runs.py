@@ -1,6 +1,7 @@
 """What the tests of both training scripts share."""
 
 import json
+import os
 import sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -21,6 +22,22 @@ def run_script(script: ModuleType, *args, code: int = 0) -> None:
         with pytest.raises(SystemExit) if code else nullcontext() as stopped:
             training.run(script.main)
     assert code == 0 or stopped.value.code == code
+
+
+def interrupt_at(patch: pytest.MonkeyPatch, step: int, number: int) -> list:
+    """Sends the signal `number` to this process in training step `step`. Returns a list with an
+    item for each step that was begun."""
+    begun, real = [], torch.nn.functional.mse_loss
+
+    def mse_loss(*args, **settings):
+        if torch.is_grad_enabled():  # a training step, not validation
+            begun.append(1)
+            if len(begun) == step:
+                os.kill(os.getpid(), number)
+        return real(*args, **settings)
+
+    patch.setattr(torch.nn.functional, "mse_loss", mse_loss)
+    return begun
 
 
 def same(first, second) -> bool:

@@ -1,6 +1,7 @@
 """train_cnn.py as a user runs it, with both losses."""
 
 import json
+import signal
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ import torch
 import train_cnn
 from common import training
 from common.models import ConvNet
-from tests.runs import assert_equal_runs, history, run_script
+from tests.runs import assert_equal_runs, history, interrupt_at, run_script
 
 SMALL = ["--data", "synthetic", "--dry-run", "--batch-size", "16"]
 RANDOM = ["--perceptual", "--vgg-weights", "random"]
@@ -34,12 +35,22 @@ def run(*args, code=0):
 
 
 @pytest.mark.parametrize("flags", [[], RANDOM, ["--precision", "bf16"]], ids=" ".join)
-def test_resumed_it_is_the_same_run(tmp_path, flags):
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    run(*SMALL, *flags, "--epochs", 2, "--out", whole)
-    run(*SMALL, *flags, "--epochs", 1, "--out", cut)
-    run(*SMALL, *flags, "--epochs", 2, "--out", cut, "--resume")
-    assert_equal_runs(whole, cut)
+def test_interrupted_and_resumed_it_is_the_same_run(tmp_path, monkeypatch, flags):
+    two = [*SMALL, *flags, "--epochs", 2]
+    run(*two, "--out", tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 4, signal.SIGINT)  # three steps are an epoch
+        run(*two, "--out", tmp_path / "cut", code=130)
+    run(*two, "--out", tmp_path / "cut", "--resume")
+    assert_equal_runs(tmp_path / "whole", tmp_path / "cut")
+    rates = [line["lr"] for line in history(tmp_path / "whole")]
+    assert rates == pytest.approx([1e-3 * 4 / 6, 1e-3 / 6])  # in a line to zero
+
+
+def test_resumed_with_other_epochs_it_would_be_another_run(tmp_path, capsys):
+    run(*SMALL, "--epochs", 1, "--out", tmp_path)
+    run(*SMALL, "--epochs", 2, "--out", tmp_path, "--resume", code=2)
+    assert "--epochs 1, not 2" in capsys.readouterr().err
 
 
 def test_the_terms_of_the_perceptual_loss_stand_beside_it(tmp_path):

@@ -14,7 +14,7 @@ import train_fc
 from common import figures, training
 from common.early_stopping import EarlyStopping
 from common.models import FullyConnected
-from tests.runs import assert_equal_runs, history, run_script, same
+from tests.runs import assert_equal_runs, history, interrupt_at, run_script, same
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = ["--data", "synthetic", "--dry-run"]
@@ -80,19 +80,9 @@ def test_resumed_between_epochs_it_is_the_same_run(finished, tmp_path):
 def test_interrupted_in_an_epoch_and_resumed_it_is_the_same_run(
     finished, tmp_path, monkeypatch, capsys, number, step
 ):
-    done = []
-
-    def mse_loss(*args, **settings):
-        if torch.is_grad_enabled():  # a training step, not validation
-            done.append(1)
-            if len(done) == step:
-                os.kill(os.getpid(), number)
-        return real(*args, **settings)
-
-    real = torch.nn.functional.mse_loss
-    monkeypatch.setattr(torch.nn.functional, "mse_loss", mse_loss)
+    begun = interrupt_at(monkeypatch, step, number)
     run(*SMALL, "--epochs", 2, "--out", tmp_path, code=128 + number)
-    assert len(done) == step  # the step was finished, and no other begun
+    assert len(begun) == step  # the step was finished, and no other begun
     assert "--resume" in capsys.readouterr().err
     run(*SMALL, "--epochs", 2, "--out", tmp_path, "--resume")
     assert_equal_runs(tmp_path, finished[0])
