@@ -104,18 +104,10 @@ def parse(p: Parser, out: Callable[[argparse.Namespace], str]) -> argparse.Names
 def setup(args: argparse.Namespace) -> tuple[torch.device, Data]:
     """The device and the data, after every check that can be made before any work is done.
     Raises UserError."""
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: torch sees no CUDA device here; use --device cpu")
-    if args.device == "auto":
-        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    args.device = devices(args.device)[-1]
     device = torch.device(args.device)
     out = Path(args.out)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / ".writable").touch()
-        (out / ".writable").unlink()
-    except OSError as error:
-        raise UserError(f"--out {out}: cannot write there: {error.strerror}") from error
+    check_writable(out)
     if args.resume and not (out / "last.pt").exists():
         raise UserError(f"--resume: there is no {out / 'last.pt'}; leave --resume out to start")
     data = load(
@@ -133,6 +125,26 @@ def setup(args: argparse.Namespace) -> tuple[torch.device, Data]:
             f"training images"
         )
     return device, data
+
+
+def devices(asked: str) -> list[str]:
+    """What --device stands for, the fastest last: auto is the CPU, and CUDA where there is one.
+    Raises UserError."""
+    if asked == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch sees no CUDA device here; use --device cpu")
+    if asked != "auto":
+        return [asked]
+    return ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+
+
+def check_writable(out: Path) -> None:
+    """Makes the folder where it is missing. Raises UserError where it cannot be written to."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / ".writable").touch()
+        (out / ".writable").unlink()
+    except OSError as error:
+        raise UserError(f"--out {out}: cannot write there: {error.strerror}") from error
 
 
 def run(main: Callable[[], None]) -> None:
