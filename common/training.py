@@ -19,6 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -167,6 +168,8 @@ def setup(args: argparse.Namespace) -> tuple[torch.device, Data]:
 
 def run(main: Callable[[], None]) -> None:
     """Calls a script's main; a user's mistake becomes one line and exit code 2."""
+    with suppress(AttributeError):  # none, or a stand-in
+        sys.stdout.reconfigure(errors="backslashreplace")  # file names may be no text
     try:
         main()
         if dist.is_initialized():
