@@ -40,7 +40,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-from common import UserError, data, figures, metrics, training
+from common import UserError, checkpoints, data, figures, metrics, training
 from common.models import ConvNet, FullyConnected
 from common.peers import PEERS
 from common.transforms import fused_transform, matmul_transform, reference_transform
@@ -119,7 +119,7 @@ def main() -> None:
         args.runs, args.images = min(args.runs, 2), min(args.images, 200)
     args.out = Path(args.out or ("runs/bench-dry-run" if args.dry_run else "results"))
     args.batch_size = min(args.batch_size, args.images)
-    training.check_writable(args.out)
+    checkpoints.lock(args.out)
     devices = [torch.device(name) for name in training.devices(args.device)]
 
     # the images, and what the chain makes of them

@@ -125,9 +125,13 @@ def cifar10(root: Path, train: bool) -> Tensor:
     Downloads the archive where `root` does not hold it; UserError where that fails."""
     if not cifar10_on_disk(root):
         _download(root)
+    folder = root / CIFAR10.base_folder
     try:
+        before = _stamps(folder)
         # `download` only extracts here: the archive lies on disk
-        dataset = CIFAR10(root, train=train, download=not (root / CIFAR10.base_folder).is_dir())
+        dataset = CIFAR10(root, train=train, download=not folder.is_dir())
+        if before and _stamps(folder) != before:  # between its md5 and its reading, it may be
+            raise OSError("it was changed while it was read; start again")
     except Exception as error:  # torchvision, tarfile and pickle each raise their own
         _name_the_damaged_file(root)
         raise UserError(f"CIFAR-10 in {root} cannot be read: {error}") from error
@@ -138,6 +142,12 @@ def cifar10_on_disk(root: Path) -> bool:
     """Whether `root` has CIFAR-10 as the extracted folder or as the archive, damaged or not: who
     has it never trains on something else unawares."""
     return (root / CIFAR10.base_folder).is_dir() or (root / CIFAR10.filename).is_file()
+
+
+def _stamps(folder: Path) -> list[tuple]:
+    """Which files lie there: another one, or another content, has another stamp."""
+    stats = [(path.name, path.stat()) for path in sorted(folder.glob("*"))]
+    return [(name, each.st_ino, each.st_mtime_ns, each.st_size) for name, each in stats]
 
 
 def _name_the_damaged_file(root: Path) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 import matplotlib
 from torch import Tensor
 
+from common.checkpoints import write
 from common.data import Split
 from common.metrics import cosine
 
@@ -14,10 +15,8 @@ from matplotlib import pyplot as plt
 
 
 def _save(figure: Any, path: Path) -> None:
-    temporary = path.with_name(f".{path.name}")
-    figure.savefig(temporary, dpi=120, format="png")
+    write(path, lambda file: figure.savefig(file, dpi=120, format="png"))
     plt.close(figure)
-    temporary.replace(path)
 
 
 def loss_curve(

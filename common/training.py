@@ -1,31 +1,39 @@
-"""What both training scripts share: flags, the loop, checkpoints, resume, logs and the report.
+"""What both training scripts share: flags, the loop, resume, several processes, logs, the report.
 
 A run's folder holds `last.pt` (everything that --resume needs), `best.pt` (the weights of the
 lowest validation loss), `history.jsonl`, and at the end `metrics.json` and two pictures.
+Under torchrun each process trains on its part of every batch, and the first alone writes and logs.
 """
 
 import argparse
+import functools
 import json
 import math
 import os
 import platform
+import re
+import secrets
 import shlex
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torchvision
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from common import UserError, figures, metrics
+from common.checkpoints import load_checkpoint, lock, unlock, write, write_text
 from common.data import Data, Split, batches, load, to_float
 from common.early_stopping import EarlyStopping
+from common.ranks import in_turn, is_lost, join, parallel, ranks, share, total
 
 # --- flags -------------------------------------------------------------------------------------
 
@@ -38,11 +46,13 @@ class Parser(argparse.ArgumentParser):
 
 
 def number(kind: type, low: float, *, above: bool = False) -> Callable[[str], Any]:
-    """An argparse type: a finite number >= low, or > low where `above`."""
+    """An argparse type: a finite number >= low, or > low where `above`; whole ones in 32 bits."""
 
     def parse(text: str):
         value = kind(text)
-        if not (math.isfinite(value) and (value > low if above else value >= low)):
+        if not (value < (2**31 if kind is int else math.inf)):
+            raise argparse.ArgumentTypeError(f"{text} is too large")
+        if not (value > low if above else value >= low):
             raise argparse.ArgumentTypeError(f"{text} is not {'>' if above else '>='} {low}")
         return value
 
@@ -101,24 +111,50 @@ def parse(p: Parser, out: Callable[[argparse.Namespace], str]) -> argparse.Names
     return args
 
 
+def within_memory(function: Callable) -> Callable:
+    """Turns a lack of memory in `function`, which takes the flags, into a UserError."""
+
+    @functools.wraps(function)
+    def wrapped(*arguments, **settings):
+        try:
+            return function(*arguments, **settings)
+        except (MemoryError, RuntimeError) as error:
+            # for the host's memory torch has no class of its own, only messages
+            known = re.search(r"(?i)alloc|out of memory|storage size", str(error))
+            if not known and not isinstance(error, MemoryError):
+                raise
+            args = next(each for each in arguments if isinstance(each, argparse.Namespace))
+            half = max(1, args.batch_size // 2)
+            raise UserError(f"no memory: try --batch-size {half}, or fewer images") from error
+
+    return wrapped
+
+
+@within_memory
 def setup(args: argparse.Namespace) -> tuple[torch.device, Data]:
-    """The device and the data, after every check that can be made before any work is done.
-    Raises UserError."""
+    """The device and the data, after every check that can be made before any work is done; --out
+    is claimed, and under torchrun the processes are joined. Raises UserError."""
     args.device = devices(args.device)[-1]
     device = torch.device(args.device)
-    out = Path(args.out)
-    check_writable(out)
-    if args.resume and not (out / "last.pt").exists():
-        raise UserError(f"--resume: there is no {out / 'last.pt'}; leave --resume out to start")
-    data = load(
-        args.data,
-        args.data_dir,
-        test_name=args.test_data,
-        train_size=args.train_size,
-        test_size=200 if args.dry_run else None,
-        seed=args.seed,
-        device=device,
-    )
+    join(args.device)
+    if ranks()[0] == 0:
+        lock(Path(args.out))
+    else:
+        sys.stdout = None  # print then does nothing
+    last = Path(args.out, "last.pt")
+    if args.resume and not last.exists():
+        raise UserError(f"--resume: there is no {last}; leave --resume out to start")
+    with in_turn():
+        data = load(
+            args.data,
+            args.data_dir,
+            test_name=args.test_data,
+            train_size=args.train_size,
+            test_size=200 if args.dry_run else None,
+            seed=args.seed,
+            device=device,
+        )
+    args.data = data.name  # what "auto" found: a resumed run must find the same
     if args.batch_size > len(data.train.images):
         raise UserError(
             f"--batch-size {args.batch_size} is larger than the {len(data.train.images)} "
@@ -137,23 +173,27 @@ def devices(asked: str) -> list[str]:
     return ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 
 
-def check_writable(out: Path) -> None:
-    """Makes the folder where it is missing. Raises UserError where it cannot be written to."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / ".writable").touch()
-        (out / ".writable").unlink()
-    except OSError as error:
-        raise UserError(f"--out {out}: cannot write there: {error.strerror}") from error
-
-
 def run(main: Callable[[], None]) -> None:
     """Calls a script's main; a user's mistake becomes one line and exit code 2."""
+    with suppress(AttributeError):  # none, or a stand-in
+        sys.stdout.reconfigure(errors="backslashreplace")  # file names may be no text
     try:
         main()
+        if dist.is_initialized():
+            dist.destroy_process_group()
     except UserError as error:
         print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
         sys.exit(2)
+    except RuntimeError as error:
+        if not is_lost(error):
+            raise
+        print(f"another process ended or hangs; to go on: {resume_command()}", file=sys.stderr)
+        print(error, file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:  # before the training, which has its own way
+        sys.exit(128 + signal.SIGINT)
+    finally:
+        unlock()
 
 
 def processor() -> str:
@@ -194,52 +234,15 @@ def environment() -> dict[str, Any]:
     }
 
 
-# --- checkpoints -------------------------------------------------------------------------------
-
-
-def write(path: Path, content: Callable[[Any], None]) -> None:
-    """`content` writes an open binary file, which then takes the place of `path` in one step, so
-    that a crash or a full disk leaves the old one whole. Raises UserError where it cannot."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            content(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch.save turns a full disk into RuntimeError
-        temporary.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path}: {error}") from error
-
-
-def write_text(path: Path, text: str) -> None:
-    """`write` for text."""
-    write(path, lambda file: file.write(text.encode()))
-
-
-def load_checkpoint(path: Path, model: nn.Module) -> dict[str, Any]:
-    """The dict in `path`, its weights loaded into `model`; nothing in it is run as code.
-    Raises UserError for a file that is missing, cut off, or of another model."""
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        weights = state["model"]
-    except FileNotFoundError as error:
-        raise UserError(f"there is no checkpoint {path}") from error
-    except Exception as error:  # a cut-off file can fail anywhere in zip, pickle or torch
-        raise UserError(f"{path} is not a checkpoint, or is cut off") from error
-    try:
-        model.load_state_dict(weights)
-    except (RuntimeError, TypeError) as error:
-        raise UserError(f"{path} is of another model than {type(model).__name__}") from error
-    return state
-
-
 # --- the loop ----------------------------------------------------------------------------------
+
+
+SAVE_EVERY = 180  # seconds: what a kill in the middle of a long epoch costs at most
 
 
 class Interrupt:
     """The first SIGINT or SIGTERM is kept in `number`, for the loop to finish its step and save;
-    a second one ends the process at once."""
+    a second one, or one after `end`, ends the process at once."""
 
     def __init__(self) -> None:
         self.number: int | None = None
@@ -248,6 +251,11 @@ class Interrupt:
 
     def _keep(self, number: int, frame: object) -> None:
         self.number = number
+        if ranks()[1] == 1:  # torchrun sends on what all have had already, and waits 30 s itself
+            self.end()
+
+    def end(self) -> None:
+        """Signals do what they do without this class."""
         for each in (signal.SIGINT, signal.SIGTERM):
             signal.signal(each, signal.SIG_DFL)
 
@@ -268,19 +276,37 @@ def evaluate(
         images, targets = (part[start : start + args.batch_size] for part in split)
         with autocast(args):
             output = model(to_float(images))
-            add_up(sums, loss_fn(output, targets), loss_fn, len(images))
+            add_up(sums, terms(loss_fn(output, targets), loss_fn, len(images)))
         outputs.append(output.float())
     return torch.cat(outputs), {k: v.item() / len(split.images) for k, v in sums.items()}
 
 
-def add_up(sums: dict[str, Tensor], loss: Tensor, loss_fn: nn.Module, count: int) -> None:
-    """Adds the loss and its terms, means over `count` images, to `sums`; stays on the device."""
-    for name, value in {"loss": loss, **getattr(loss_fn, "parts", {})}.items():
-        value = value.detach().double() * count
+def validate(
+    model: nn.Module, loss_fn: nn.Module, split: Split, args: argparse.Namespace, group: Any
+) -> dict[str, float]:
+    """The means of the loss, its terms and the accuracy over `split`, each process with a part."""
+    part, count = share(*split)
+    outputs, means = evaluate(model, loss_fn, Split(*part), args)
+    means["accuracy_0.95"] = metrics.accuracy(outputs, part[1], 0.95)
+    weight = count / len(split.images)
+    means = total({name: value * weight for name, value in means.items()}, group)
+    return {name: float(value) for name, value in means.items()}
+
+
+def terms(loss: Tensor, loss_fn: nn.Module, count: int) -> dict[str, Tensor]:
+    """The loss and its terms, means over `count` images, as sums over them; on the device."""
+    named = {"loss": loss, **getattr(loss_fn, "parts", {})}
+    return {name: value.detach().double() * count for name, value in named.items()}
+
+
+def add_up(sums: dict[str, Tensor], values: dict[str, Tensor]) -> None:
+    """Adds `values` to `sums`."""
+    for name, value in values.items():
         sums[name] = sums[name] + value if name in sums else value
 
 
-# A resumed run is the same run: only these flags may change on the way.
+# A resumed run is the same run: only these flags may change on the way, and the number of
+# processes, which is no flag.
 FREE = {"data_dir", "test_data", "device", "out", "resume", "wandb"}
 
 
@@ -292,6 +318,7 @@ def check_flags(saved: dict[str, Any], args: argparse.Namespace, free: set[str])
             raise UserError(f"--resume: that run had {flag} {saved.get(key)}, not {value}")
 
 
+@within_memory
 def fit(
     model: nn.Module,
     loss_fn: nn.Module,
@@ -308,7 +335,7 @@ def fit(
     Returns {"history", "stopped", "best_epoch", "seconds_to_98"}. Raises UserError where the
     loss stops being finite; the last good checkpoints stay.
     """
-    out = Path(args.out)
+    out, (rank, world) = Path(args.out), ranks()
     # 0.95 and not 0.999: the gradients shrink fast in the first epochs, and the second moment with
     # them; the FC net passes 98 % in fewer steps
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, betas=(0.9, 0.95), fused=True)
@@ -319,83 +346,118 @@ def fit(
     parts = {"model": model, "optimizer": optimizer, "schedule": schedule, "stopping": stopping}
     state = {"history": [], "stopped": False, "seconds_to_98": None}
     state |= {"step": 0, "sums": {}, "seconds": 0.0}  # of the epoch under way
+    state |= {"wandb": secrets.token_hex(4)}  # the id under which a resumed run goes on
 
-    def save() -> None:
-        checkpoint = {key: part.state_dict() for key, part in parts.items()}
-        checkpoint |= {**state, "args": vars(args), "random": random_state()}
-        write(out / "last.pt", lambda file: torch.save(checkpoint, file))
+    def checkpoint() -> dict[str, Any]:
+        own = {key: part.state_dict() for key, part in parts.items()}
+        return {**own, **state, "args": vars(args), "random": random_state()}
 
-    def save_best(epoch: int) -> None:
-        best = {"model": model.state_dict(), "epoch": epoch, "args": vars(args)}
-        write(out / "best.pt", lambda file: torch.save(best, file))
+    def write_history() -> None:
+        lines = "".join(f"{json.dumps(line)}\n" for line in state["history"])
+        write_text(out / "history.jsonl", lines)
+
+    def save(epoch_is_over: bool = True) -> None:
+        """last.pt comes last, as it is what --resume goes by."""
+        if rank > 0:
+            return
+        if epoch_is_over and stopping.best_epoch == len(state["history"]):
+            best = {"model": model.state_dict(), "epoch": stopping.best_epoch, "args": vars(args)}
+            write(out / "best.pt", lambda file: torch.save(best, file))
+        write_history()
+        last = checkpoint()
+        write(out / "last.pt", lambda file: torch.save(last, file))
 
     if args.resume:
         saved = load_checkpoint(out / "last.pt", model)
-        check_flags(saved["args"], args, FREE if decay else FREE | {"epochs"})
-        for key, part in parts.items():
-            part.load_state_dict(saved[key])
-        state = {key: saved[key] for key in state}
-        set_random_state(saved["random"])
+        try:
+            for key, value in checkpoint().items():
+                if type(saved[key]) is not type(value) and key != "seconds_to_98":
+                    raise TypeError(key)
+                if key in ("args", "schedule", "stopping") and saved[key].keys() != value.keys():
+                    raise KeyError(key)
+            check_flags(saved["args"], args, FREE if decay else FREE | {"epochs"})
+            for key, part in parts.items():
+                part.load_state_dict(saved[key])
+            state = {key: saved[key] for key in state}
+            set_random_state(saved["random"])
+            if rank == 0:
+                write_history()  # a crash may have left it behind last.pt, or cut off
+        except UserError:
+            raise
+        except Exception as error:  # a dict of someone else's can fail anywhere
+            raise UserError(f"{out / 'last.pt'} is not a checkpoint of this version") from error
     elif args.epochs == 0:
-        write_text(out / "history.jsonl", "")
-        save_best(0)
         save()
+    log.start(state["wandb"])
+    trained, group = parallel(model)
     steps = math.ceil(len(data.train.images) / args.batch_size)
-    interrupt = Interrupt()
-    while (epoch := len(state["history"]) + 1) <= args.epochs and not state["stopped"]:
+    interrupt, stop = Interrupt(), False
+    while (epoch := len(state["history"]) + 1) <= args.epochs and not (state["stopped"] or stop):
         model.train()
         start = time.perf_counter()
         todo = batches(data.train, args.batch_size, args.seed, epoch, state["step"])
-        for images, targets in tqdm(
-            todo, f"epoch {epoch}", steps, initial=state["step"], leave=False, disable=None
-        ):
+        for batch in tqdm(
+            todo, f"epoch {epoch}", steps, initial=state["step"], leave=False,
+            disable=True if rank else None,
+        ):  # fmt: skip
             if decay:
                 done = (epoch - 1 + state["step"] / steps) / args.epochs
                 optimizer.param_groups[0]["lr"] = args.lr * (1 - done)
+            if rank:  # dropout of its own, with nothing to save
+                torch.manual_seed(hash((args.seed, epoch, state["step"], rank)))
+            (images, targets), count = share(*batch)
             optimizer.zero_grad()
             with autocast(args):
-                loss = loss_fn(model(images), targets)
-            loss.backward()
+                loss = loss_fn(trained(images), targets)
+            # torch takes the mean of the gradients, wanted is the mean over all images
+            loss.backward(loss.new_tensor(count * world / len(batch[0])) if group else None)
             optimizer.step()
-            add_up(state["sums"], loss, loss_fn, len(images))
+            values = {"stop": bool(interrupt.number), **terms(loss, loss_fn, count)}
+            values = total(values, group)
+            stop = bool(values.pop("stop"))
+            add_up(state["sums"], values)
             state["step"] += 1
-            if interrupt.number:
-                break
+            if stop or time.perf_counter() - start > SAVE_EVERY:
+                synchronize(args)
+                state["seconds"] += time.perf_counter() - start
+                check_finite(epoch, state["sums"]["loss"].item())
+                save(epoch_is_over=False)
+                start = time.perf_counter()
+                if stop:
+                    break
+        if stop:
+            break
         synchronize(args)
         state["seconds"] += time.perf_counter() - start
-        if interrupt.number:
-            save()
-            print(f"interrupted, saved; to go on: {resume_command()}", file=sys.stderr)
-            sys.exit(128 + interrupt.number)
         lr = optimizer.param_groups[0]["lr"]  # of the last step
-        line = end_epoch(state, data, *evaluate(model, loss_fn, data.val, args), lr)
+        val = validate(model, loss_fn, data.val, args, group)
+        line = end_epoch(state, len(data.train.images), val, lr)
         state["stopped"] = stopping.step(line["val_loss"])
         if not decay:
             schedule.step(line["val_loss"])
         log.epoch(line)
-        if stopping.best_epoch == epoch:
-            save_best(epoch)
-        write_text(out / "history.jsonl", "".join(f"{json.dumps(h)}\n" for h in state["history"]))
         save()
-    load_checkpoint(out / "best.pt", model)
+    if stop or interrupt.number:
+        if rank == 0:
+            print(f"interrupted, saved; to go on: {resume_command()}", file=sys.stderr)
+        sys.exit(128 + (interrupt.number or signal.SIGTERM))
+    interrupt.end()
+    if rank == 0:
+        load_checkpoint(out / "best.pt", model)
     return {**state, "best_epoch": stopping.best_epoch}
 
 
 def end_epoch(
-    state: dict[str, Any], data: Data, outputs: Tensor, val: dict[str, float], lr: float
+    state: dict[str, Any], count: int, val: dict[str, float], lr: float
 ) -> dict[str, Any]:
-    """Closes the epoch in `state`: appends its line to the history and prints it. `outputs` and
-    `val` are what `evaluate` gave for the validation split."""
-    history, count = state["history"], len(data.train.images)
+    """Closes the epoch of `count` images in `state`: appends its line to the history and prints
+    it. `val` is what `validate` gave."""
+    history = state["history"]
     line = {"epoch": len(history) + 1}
     line |= {f"train_{name}": value.item() / count for name, value in state["sums"].items()}
     line |= {f"val_{name}": value for name, value in val.items()}
-    line["val_accuracy_0.95"] = metrics.accuracy(outputs, data.val.targets, 0.95)
     line |= {"seconds": state["seconds"], "lr": lr}
-    if not (math.isfinite(line["train_loss"]) and math.isfinite(line["val_loss"])):
-        raise UserError(
-            f"epoch {line['epoch']}: the loss is no longer finite; start again with a lower --lr"
-        )
+    check_finite(line["epoch"], line["train_loss"], line["val_loss"])
     history.append(line)
     if state["seconds_to_98"] is None and line["val_accuracy_0.95"] >= 0.98:
         state["seconds_to_98"] = sum(each["seconds"] for each in history)
@@ -403,6 +465,14 @@ def end_epoch(
     rate = {"images_per_s": count / line["seconds"]}
     print(" ".join(f"{key}:{value:.6g}" for key, value in (line | rate).items()), flush=True)
     return line
+
+
+def check_finite(epoch: int, *losses: float) -> None:
+    """Raises UserError before such a state is saved over the last good one."""
+    if not all(map(math.isfinite, losses)):
+        raise UserError(
+            f"epoch {epoch}: the loss is no longer finite; start again with a lower --lr"
+        )
 
 
 def synchronize(args: argparse.Namespace) -> None:
@@ -426,7 +496,10 @@ def set_random_state(state: dict[str, Tensor]) -> None:
 
 def resume_command() -> str:
     """The command of this run with --resume."""
-    return shlex.join(["python", *sys.argv, *(["--resume"] * ("--resume" not in sys.argv))])
+    world = ranks()[1]
+    several = ["torchrun", "--standalone", f"--nproc_per_node={world}"]
+    resume = [] if "--resume" in sys.argv else ["--resume"]
+    return shlex.join([*(several if world > 1 else ["python"]), *sys.argv, *resume])
 
 
 # --- logs and the report -----------------------------------------------------------------------
@@ -436,11 +509,14 @@ class Log:
     """wandb where it is installed and works; it asks nothing and never ends a run."""
 
     def __init__(self, args: argparse.Namespace) -> None:
-        self.run = None
-        if args.wandb != "disabled":
-            self._try(lambda: self._start(args))
+        self.args, self.run = args, None
 
-    def _start(self, args: argparse.Namespace) -> None:
+    def start(self, identity: str) -> None:
+        """Begins the run of this id, or goes on with it; only in the first process."""
+        if self.args.wandb != "disabled" and ranks()[0] == 0:
+            self._try(lambda: self._start(self.args, identity))
+
+    def _start(self, args: argparse.Namespace, identity: str) -> None:
         import wandb
 
         mode = args.wandb
@@ -453,6 +529,8 @@ class Log:
             dir=os.environ.get("WANDB_DIR", args.out),
             mode=mode,
             config=vars(args),
+            id=identity,
+            resume="allow",
             settings=wandb.Settings(silent=True, console="off", init_timeout=30),
         )
 
@@ -482,6 +560,7 @@ class Log:
             self._try(send)
 
 
+@within_memory
 def report(
     model: nn.Module,
     loss_fn: nn.Module,
@@ -494,7 +573,9 @@ def report(
 ) -> None:
     """The test set, touched here for the first time: `metrics.json`, the pictures, a table.
     `label` names the model in titles; `state` is what `fit` returned; `others` are trained models
-    to show beside it."""
+    to show beside it. The first process does it all."""
+    if ranks()[0] > 0:
+        return
     out, history = Path(args.out), state["history"]
     outputs, terms, scores = {}, {}, {}
     for name, each in {label: model, **(others or {})}.items():

@@ -2,6 +2,8 @@
 
 import json
 import os
+import socket
+import subprocess
 import sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -11,6 +13,8 @@ import pytest
 import torch
 
 from common import figures, training
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def run_script(script: ModuleType, *args, code: int = 0) -> None:
@@ -67,3 +71,34 @@ def assert_equal_runs(first: Path, second: Path) -> None:
         states = [torch.load(out / name) for out in (first, second)]
         for key in keys:
             assert same(states[0][key], states[1][key]), f"{name}: {key}"
+
+
+def start_ranks(code: str, *args, world: int = 2) -> list[subprocess.Popen]:
+    """Starts what torchrun starts, without its own process: `code`, with `args` as its flags."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    places = {"WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return [
+        subprocess.Popen(
+            [sys.executable, "-c", code, *map(str, args)],
+            env=quiet_environment(RANK=rank, LOCAL_RANK=rank, **places),
+            cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for rank in range(world)
+    ]  # fmt: skip
+
+
+def quiet_environment(**more) -> dict[str, str]:
+    """For a process of its own: no wandb, one thread, so that two do not wait for each other."""
+    settings = {"WANDB_MODE": "disabled", "OMP_NUM_THREADS": 1, **more}
+    return {**os.environ, **{name: str(value) for name, value in settings.items()}}
+
+
+def assert_close_runs(first: Path, second: Path) -> None:
+    """The same training but for the order of sums: everything within 1e-5, the clock aside."""
+    pairs = list(zip(history(first), history(second), strict=True))
+    assert all(one == pytest.approx(two, abs=1e-5) for one, two in pairs)
+    for name in ("best.pt", "last.pt"):
+        one, two = (torch.load(out / name)["model"] for out in (first, second))
+        assert all(torch.allclose(one[key], two[key], rtol=0, atol=1e-5) for key in one)

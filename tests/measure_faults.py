@@ -1,0 +1,262 @@
+"""Tries on running scripts what the tests try in one process, and counts what comes of it.
+
+python tests/measure_faults.py kill [20]       kill -9 at random moments, then --resume
+python tests/measure_faults.py fuzz [120]      seconds of rubbish at each door
+"""
+
+import contextlib
+import io
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+import torch
+from torch import nn
+from torchvision.datasets import CIFAR10
+
+import train_cnn
+import train_fc
+from common import UserError, checkpoints, data, figures, training
+from common.transforms import fused_transform, reference_transform
+from tests.runs import ROOT, assert_equal_runs, quiet_environment
+
+SMALL = ["--data", "synthetic", "--dry-run", "--epochs", "6"]
+RANDOM = ["--perceptual", "--vgg-weights", "random", "--vgg-size", "32"]
+RUNS = {
+    "fc": ["train_fc", *SMALL],
+    "cnn mse": ["train_cnn", *SMALL, "--train-size", "150", "--batch-size", "16"],
+    "cnn perceptual": ["train_cnn", *SMALL, "--train-size", "40", "--batch-size", "8", *RANDOM],
+}
+
+
+# Saves within the epoch give a kill more to hit; "ready" tells imports from what can be hit.
+START = """
+import sys, {0}
+from common import training
+training.SAVE_EVERY, training.DRY_RUN["epochs"], fit = 0.1, 6, training.fit
+training.fit = lambda *args, **more: (print("ready", flush=True), fit(*args, **more))[1]
+sys.argv[0] = "{0}.py"
+training.run({0}.main)
+"""
+
+
+def kill(times: int) -> None:
+    """Each run is killed `times` times on its way to its end, which must be that of a whole one."""
+    numbers = random.Random(0)
+    for name, (script, *flags) in RUNS.items():
+        for precision in ("fp32", "bf16"):
+            with tempfile.TemporaryDirectory() as folder:
+                counts = kill_one([START.format(script), *flags, "--precision", precision],
+                                  Path(folder), times, numbers)  # fmt: skip
+            print(f"{name} {precision}: {times} kills, {counts}, all equal", flush=True)
+
+
+def kill_one(code: list[str], folder: Path, times: int, numbers: random.Random) -> dict[str, int]:
+    """Where the kills hit, and how often the run came to its end, equal each time."""
+    whole, cut = folder / "whole", folder / "cut"
+
+    def start(out: Path) -> subprocess.Popen:
+        go_on = ["--resume"] if (out / "last.pt").exists() else []
+        process = subprocess.Popen(
+            [sys.executable, "-c", *code, "--out", str(out), *go_on],
+            cwd=ROOT, env=quiet_environment(), stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        assert process.stdout.readline() in ("ready\n", ""), "not ready"
+        return process
+
+    process, begin = start(whole), time.monotonic()
+    process.communicate()
+    span = time.monotonic() - begin
+    counts, kills = Counter(), 0
+    while kills < times or counts["end"] == 0:
+        process = start(cut)
+        try:
+            process.communicate(timeout=None if kills == times else numbers.uniform(0, span))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.communicate()
+            kills += 1
+            state = torch.load(cut / "last.pt") if (cut / "last.pt").exists() else {}
+            where = "in an epoch" if state.get("step") else "between epochs" if state else "unsaved"
+            counts[where] += 1
+            counts["half a file"] += bool(list(cut.glob(".*")))
+        else:
+            assert process.returncode == 0
+            assert_equal_runs(whole, cut)
+            assert not list(cut.glob(".*"))
+            counts["end"] += 1
+            for path in cut.iterdir():
+                path.unlink()
+    return dict(counts)
+
+
+def fuzz(seconds: float) -> None:
+    """Anything but a result, one line with exit code 2, or the error that is promised, is a
+    crash, and ends this script with its traceback."""
+    figures._save = lambda figure, path: figures.plt.close(figure)  # most of a short run's time
+    for door in (arguments, checkpoint, operator, images):
+        numbers, counts, end = random.Random(1), Counter(), time.monotonic() + seconds
+        with tempfile.TemporaryDirectory() as folder:
+            while time.monotonic() < end:
+                counts[door(numbers, Path(folder))] += 1
+        print(f"{door.__name__}: {sum(counts.values())} tries, {dict(counts)}", flush=True)
+
+
+RUBBISH = [
+    "", "-1", "0", "1", "2", "3", "1e3", "nan", "inf", "-inf", "1e308", "1e-320", "9" * 30, "x",
+    "\udcff", "é", "/dev/null", "/proc/1", "a" * 300, "--", "-", "cuda", "cpu", "0x10", "1_0", "٣",
+    "synthetic", "cifar10", "auto", "random", "fixed", "bf16", "window", "-h", " ",
+]  # fmt: skip
+
+
+def arguments(numbers: random.Random, folder: Path) -> str:
+    """The scripts' flags, up to the first step, which is left out."""
+    script = numbers.choice([train_fc, train_cnn])
+    flags = ["data", "data-dir", "test-data", "train-size", "epochs", "batch-size", "lr", "seed",
+             "patience", "min-delta", "stop-rule", "device", "precision", "out", "resume", "wandb",
+             "init", "perceptual", "vgg-weights", "vgg-size", "flip", "no-such"]  # fmt: skip
+    line = []
+    for flag in numbers.sample(flags, numbers.randrange(1, 5)):
+        line += [f"--{flag}", *([numbers.choice(RUBBISH)] if numbers.random() < 0.9 else [])]
+    base = ["--data", "synthetic", "--data-dir", str(folder), "--out", str(folder / "run")]
+    sys.argv = [f"{script.__name__}.py", "--dry-run", "--wandb", "disabled", *base, *line]
+    os.chdir(folder)  # --out may be any name
+    os.environ["VGG16_WEIGHTS"] = "random"
+    CIFAR10.url = "http://127.0.0.1:9/"  # nobody listens
+    out, err = (io.TextIOWrapper(io.BytesIO(), errors=how) for how in ("strict", "replace"))
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            training.run(script.main)
+        return "ran"
+    except SystemExit as stopped:
+        end = stopped
+    except BaseException:
+        print(ascii(sys.argv))
+        raise
+    err.seek(0)
+    text = err.read()
+    assert end.code in (0, 2), (sys.argv, end.code, text)
+    assert end.code == 0 or text.count("\n") == 1, (sys.argv, text)
+    return "refused" if end.code else "help"
+
+
+def checkpoint(numbers: random.Random, folder: Path) -> str:
+    """Rubbish bytes, rubbish objects, and a real one cut, altered or with other things in it."""
+    path, net = folder / "last.pt", nn.Linear(5, 3)
+    whole = {"model": net.state_dict(), "args": {"seed": 0}, "history": [{"epoch": 1}]}
+    kind = numbers.choice(["bytes", "object", "cut", "altered", "inserted"])
+    if kind == "object":
+        things = [None, 3, "x", [], {}, {"weight": 1}, {1: 2}, torch.zeros(2), net.weight.data,
+                  {"weight": torch.zeros(3, 5), "bias": None}]  # fmt: skip
+        torch.save(
+            numbers.choice([{"model": numbers.choice(things)}, numbers.choice(things)]), path
+        )
+    else:
+        torch.save(whole, path)
+        content = bytearray(path.read_bytes())
+        place = numbers.randrange(len(content))
+        if kind == "bytes":
+            content = numbers.randbytes(numbers.randrange(3000))
+        elif kind == "cut":
+            content = content[:place]
+        elif kind == "inserted":
+            content[place:place] = numbers.randbytes(numbers.randrange(1, 9))
+        else:
+            for _ in range(numbers.randrange(1, 5)):
+                content[numbers.randrange(len(content))] = numbers.randrange(256)
+        path.write_bytes(content)
+    before = {key: value.clone() for key, value in net.state_dict().items()}
+    try:
+        checkpoints.load_checkpoint(path, net)
+    except UserError:
+        return "refused"
+    assert all(torch.equal(value, net.state_dict()[key]) for key, value in before.items()), kind
+    return "the same"
+
+
+def operator(numbers: random.Random, folder: Path) -> str:
+    """fused_transform's arguments: right ones must give the reference's result."""
+    pick = numbers.choice
+    sizes = [0, 1, 2, 3, 7, 28, 32, 65, -1]
+    dtypes = [torch.uint8, torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64,
+              torch.bool, torch.complex64, torch.int8]  # fmt: skip
+    shape = [pick([0, 1, 2, 5]) for _ in range(pick([0, 1, 1, 1, 2]))]
+    shape += [pick([3, 3, 3, 1, 4])] * pick([1, 1, 1, 0]) + [max(0, pick(sizes)) for _ in "hw"]
+    images = torch.randint(0, 2, shape).to(pick(dtypes))
+    if numbers.random() < 0.3 and images.dim() > 1:
+        images = images.transpose(pick(range(images.dim())), pick(range(images.dim())))
+    if numbers.random() < 0.2:
+        images = images[..., :: pick([1, 2, 3])]
+    things = [None, 1.5, "x", [], (), torch.zeros(2), images, 2**40, -(2**70), object(), True]
+    if numbers.random() < 0.15:
+        images = pick([*things, images.to("meta"), images.to_sparse(), images.tolist()])
+
+    def flip():
+        n = images.shape[0] if isinstance(images, torch.Tensor) and images.dim() else 1
+        masks = [torch.rand(n) < 0.5, torch.rand(3) < 0.5, torch.zeros(n), torch.tensor(True)]
+        return pick([True, False, True, False, pick(masks), pick(things)])
+
+    size = pick([(28, 28), (pick(sizes), pick(sizes)), pick(things), (pick(things), 2), (1, 2, 3)])
+    out = None
+    if numbers.random() < 0.3:
+        out = pick([torch.empty([pick([0, 1, 2, 28]) for _ in range(pick([0, 3, 4]))]),
+                    pick(things), torch.empty(*shape[:-3], 1, 28, 28)])  # fmt: skip
+    hflip, vflip = flip(), flip()
+    try:
+        result = fused_transform(images, size, hflip=hflip, vflip=vflip, out=out)
+    except (RuntimeError, TypeError, ValueError):
+        return "refused"
+    except BaseException:
+        print(images, size, hflip, vflip, out)
+        raise
+    if (
+        size == (28, 28)
+        and hflip is True
+        and vflip is True
+        and images.numel()
+        and not images.is_meta
+    ):
+        expected = reference_transform(images)
+        error = (result.double() - expected.double()).abs().max().item()
+        assert error < {torch.float16: 2e-3, torch.bfloat16: 2e-2}.get(images.dtype, 2e-6), error
+        return "right"
+    return "ran"
+
+
+def images(numbers: random.Random, folder: Path) -> str:
+    """CIFAR-10's folder, archive and the loader's arguments."""
+    root = folder / str(numbers.random())
+    root.mkdir()
+    names = [name for name, _ in (*CIFAR10.train_list, *CIFAR10.test_list)] + ["batches.meta"]
+    for path in [root / CIFAR10.filename, *(root / CIFAR10.base_folder / name for name in names)]:
+        if numbers.random() < 0.5:
+            path.parent.mkdir(exist_ok=True)
+            if numbers.random() < 0.1:
+                path.mkdir()
+            elif numbers.random() < 0.1:
+                path.symlink_to(numbers.choice(["/nowhere", "/dev/null", str(path)]))
+            else:
+                path.write_bytes(numbers.randbytes(numbers.randrange(500)))
+    if numbers.random() < 0.1:
+        root = root / CIFAR10.filename
+    name = "cifar10" if data.cifar10_on_disk(root) else numbers.choice(["auto", "synthetic"])
+    try:
+        loaded = data.load(
+            name, str(root), test_name=numbers.choice(["same", "synthetic"]),
+            train_size=numbers.choice([None, 2, 3, 40, 50_001]) if name == "cifar10" else 5,
+            test_size=3, seed=numbers.choice([0, 1, 2**31 - 1]), device=torch.device("cpu"),
+        )  # fmt: skip
+    except UserError:
+        return "refused"
+    assert len(loaded.test.images) == 3
+    return f"loaded {loaded.name}"
+
+
+if __name__ == "__main__":
+    what, amount = {"kill": (kill, 20), "fuzz": (fuzz, 120)}[sys.argv[1]]
+    what(type(amount)(sys.argv[2]) if len(sys.argv) > 2 else amount)

@@ -1,0 +1,331 @@
+"""What befalls a run: several processes, kills at any moment, full disks, damaged files, a second
+run in its folder. Nothing may be lost, nothing hang, and a mistake costs one line."""
+
+import fcntl
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+import train_cnn
+import train_fc
+from common import checkpoints, training
+from common.models import ConvNet
+from tests.runs import (
+    ROOT,
+    assert_close_runs,
+    assert_equal_runs,
+    history,
+    quiet_environment,
+    run_script,
+    same,
+    start_ranks,
+)
+
+SMALL = ["--data", "synthetic", "--dry-run"]
+# 288 images train: nine batches of 31 and one of 9, none of which two processes share evenly
+ODD = [*SMALL, "--batch-size", 31]
+# the last of the three batches is one image, so that one of the processes has none
+LAST_ALONE = [*SMALL, "--train-size", 36, "--batch-size", 16]
+PERCEPTUAL = ["--perceptual", "--vgg-weights", "random", "--vgg-size", 32]
+RUN = "import train_{0}; from common import training; training.run(train_{0}.main)"
+# A signal to the second process alone, and no dropout.
+RANK = """
+import os, sys, pytest
+from tests.runs import interrupt_at
+from common.models import ConvNet
+patch = pytest.MonkeyPatch()
+ConvNet.train = lambda self, mode=True: super(ConvNet, self).train(False)
+if os.environ["RANK"] == "1":
+    interrupt_at(patch, step={}, number={})
+sys.argv[0] = "train.py"
+"""
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run of two epochs that nothing disturbed."""
+    out = tmp_path_factory.mktemp("finished")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WANDB_MODE", "disabled")
+        run_script(train_fc, *SMALL, "--epochs", 2, "--out", out)
+    return out
+
+
+@pytest.fixture
+def copy(finished, tmp_path):
+    return shutil.copytree(finished, tmp_path / "copy")
+
+
+def refused(capsys, *args):
+    """The one line that is left on stderr."""
+    run_script(train_fc, *SMALL, *args, code=2)
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1, err
+    return err
+
+
+# --- several processes ---------------------------------------------------------------------------
+
+
+def test_two_processes_train_as_one_and_stop_together(tmp_path):
+    flags = [*ODD, "--epochs", 2, "--out", tmp_path / "two"]
+    code = RANK.format(13, signal.SIGTERM) + RUN.format("fc")
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--no-python"]
+    command = [sys.executable, *torchrun, sys.executable, "-c", code, *map(str, flags)]
+    environment = quiet_environment()
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert "exitcode  : 143" in done.stderr
+    assert done.stdout.count("epoch:1") == 1  # only the first process speaks
+    assert done.stderr.count("--resume") == 1
+    state = torch.load(tmp_path / "two" / "last.pt")
+    assert (len(state["history"]), state["step"]) == (1, 3)  # of ten an epoch
+    run_script(train_fc, *flags, "--resume")
+    run_script(train_fc, *ODD, "--epochs", 2, "--out", tmp_path / "one")
+    assert_close_runs(tmp_path / "one", tmp_path / "two")
+    names = [{path.name for path in (tmp_path / name).iterdir()} for name in ("one", "two")]
+    assert names[0] == names[1]
+
+
+def test_one_that_dies_ends_the_others_and_one_process_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(ConvNet, "train", lambda self, mode=True: nn.Module.train(self, False))
+    flags = [*LAST_ALONE, *PERCEPTUAL, "--epochs", 2]
+    code = RANK.format(5, signal.SIGKILL) + RUN.format("cnn")
+    both = start_ranks(code, *flags, "--out", tmp_path / "two")
+    ends = [(each.communicate(timeout=60), each.returncode) for each in both]  # well before 60
+    assert [code for _, code in ends] == [1, -signal.SIGKILL]
+    err = ends[0][0][1]
+    assert "another process ended" in err
+    assert "--resume" in err
+    assert "Traceback" not in err
+    run_script(train_cnn, *flags, "--out", tmp_path / "two", "--resume")
+    run_script(train_cnn, *flags, "--out", tmp_path / "one")
+    assert_close_runs(tmp_path / "one", tmp_path / "two")
+
+
+# --- killed at any moment ------------------------------------------------------------------------
+
+
+class Killed(BaseException):
+    """Nothing catches it, as nothing catches SIGKILL."""
+
+
+def killed(monkeypatch, module, name, moment, *args):
+    """Runs the script until the call number `moment` of module.name, where it dies."""
+    calls, real = [], getattr(module, name)
+
+    def dies(*arguments, **settings):
+        calls.append(1)
+        if len(calls) == moment:
+            raise Killed
+        return real(*arguments, **settings)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, name, dies)
+        with pytest.raises(Killed):
+            run_script(train_fc, *args)
+
+
+@pytest.mark.parametrize("moment", range(2, 7))  # six files are written in two epochs
+def test_killed_while_it_saves_it_goes_on_as_the_same_run(finished, tmp_path, monkeypatch, moment):
+    flags = [*SMALL, "--epochs", 2, "--out", tmp_path]
+    killed(monkeypatch, os, "replace", moment, *flags)
+    assert list(tmp_path.glob(".*.tmp"))
+    run_script(train_fc, *flags, *(["--resume"] if moment > 3 else []))
+    assert_equal_runs(tmp_path, finished)
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_long_epoch_is_saved_on_the_way(finished, tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "SAVE_EVERY", 0)
+    flags = [*SMALL, "--epochs", 2, "--out", tmp_path]
+    killed(monkeypatch, nn.functional, "mse_loss", 7, *flags)
+    assert torch.load(tmp_path / "last.pt")["step"] == 6
+    run_script(train_fc, *flags, "--resume")
+    assert_equal_runs(tmp_path, finished)
+
+
+def test_a_signal_in_the_last_validation_ends_it_too(finished, tmp_path, monkeypatch):
+    real = training.validate
+
+    def validate(*args):
+        if (tmp_path / "last.pt").exists():  # after the first epoch
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(*args)
+
+    monkeypatch.setattr(training, "validate", validate)
+    run_script(train_fc, *SMALL, "--epochs", 2, "--out", tmp_path, code=143)
+    assert_equal_runs(tmp_path, finished)
+    assert not (tmp_path / "metrics.json").exists()
+
+
+def test_the_history_is_that_of_last_pt(finished, copy):
+    text = (copy / "history.jsonl").read_text()
+    (copy / "history.jsonl").write_text(text[:-40])
+    (copy / ".last.pt.tmp").write_bytes(b"half")
+    run_script(train_fc, *SMALL, "--epochs", 2, "--out", copy, "--resume")
+    assert (copy / "history.jsonl").read_text() == text
+    assert not (copy / ".last.pt.tmp").exists()
+
+
+# --- the folder ----------------------------------------------------------------------------------
+
+
+def test_a_second_run_in_a_folder_is_refused(tmp_path, capsys):
+    holder = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(holder, fcntl.LOCK_EX)
+    assert "another run" in refused(capsys, "--out", tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    os.close(holder)
+    run_script(train_fc, *SMALL, "--epochs", 0, "--out", tmp_path)
+
+
+def test_the_lock_of_a_dead_run_holds_nobody_up(tmp_path):
+    code = "import fcntl, os, sys; fcntl.flock(os.open(sys.argv[1], 0), 2); os.kill(os.getpid(), 9)"
+    subprocess.run([sys.executable, "-c", code, tmp_path], check=False)
+    checkpoints.lock(tmp_path)
+    checkpoints.unlock()
+
+
+def test_a_file_system_without_locks_is_no_hindrance(tmp_path, monkeypatch, capsys):
+    def flock(*args):
+        raise OSError(9, "Bad file descriptor")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    run_script(train_fc, *SMALL, "--epochs", 0, "--out", tmp_path)
+    assert "cannot be locked" in capsys.readouterr().err
+
+
+def test_a_full_disk_costs_the_epoch_and_nothing_else(copy, capsys):
+    before = {path.name: path.read_bytes() for path in copy.iterdir()}
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        err = refused(capsys, "--epochs", 3, "--out", copy, "--resume")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "cannot write" in err
+    assert {path.name: path.read_bytes() for path in copy.iterdir()} == before
+    run_script(train_fc, *SMALL, "--epochs", 3, "--out", copy, "--resume")
+    assert len(history(copy)) == 3
+
+
+def test_a_folder_that_becomes_read_only_costs_one_line(tmp_path, monkeypatch, capsys):
+    real = open
+
+    def read_only(path, mode="r", *args, **settings):
+        if "w" in mode and str(path).startswith(str(tmp_path)):
+            raise OSError(30, "Read-only file system")
+        return real(path, mode, *args, **settings)
+
+    monkeypatch.setattr(checkpoints, "open", read_only, raising=False)
+    monkeypatch.setattr(checkpoints.Path, "unlink", lambda *args, **settings: read_only("", "w"))
+    assert "Read-only" in refused(capsys, "--epochs", 1, "--out", tmp_path)
+
+
+# --- damaged checkpoints -------------------------------------------------------------------------
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    torch.manual_seed(0)
+    net = nn.Linear(7, 9)
+    saved = {"model": net.state_dict(), "history": [{"epoch": 1}], "random": torch.get_rng_state()}
+    path = tmp_path / "last.pt"
+    checkpoints.write(path, lambda file: torch.save(saved, file))
+    return path, net, saved
+
+
+def test_a_checkpoint_that_is_cut_off_is_refused(checkpoint):
+    path, net, _ = checkpoint
+    content = path.read_bytes()
+    for length in random.Random(0).sample(range(len(content)), 50):
+        path.write_bytes(content[:length])
+        with pytest.raises(training.UserError, match=str(path)):
+            checkpoints.load_checkpoint(path, net)
+
+
+def test_an_altered_checkpoint_is_refused_or_holds_the_same(checkpoint):
+    path, net, saved = checkpoint
+    content, numbers, refusals = path.read_bytes(), random.Random(0), 0
+    for place in numbers.sample(range(len(content)), 200):
+        altered = bytearray(content)
+        altered[place] ^= numbers.randrange(1, 256)
+        path.write_bytes(altered)
+        try:
+            assert same(dict(checkpoints.load_checkpoint(path, net)), saved)  # in a gap, not read
+        except training.UserError:
+            refusals += 1
+    assert refusals > 100
+
+
+@pytest.mark.parametrize("key", ["optimizer", "schedule", "history", "random", "args"])
+@pytest.mark.parametrize("value", [None, 3, {"a": 1}], ids=str)
+def test_a_checkpoint_with_other_things_in_it_is_refused(capsys, copy, key, value):
+    path = copy / "last.pt"
+    torch.save(torch.load(path) | {key: value}, path)
+    err = refused(capsys, "--epochs", 3, "--out", copy, "--resume")
+    assert f"{path} is not a checkpoint of this version" in err
+
+
+def test_other_data_than_auto_found_before_are_refused(capsys, copy):
+    path = copy / "last.pt"
+    state = torch.load(path)
+    torch.save(state | {"args": state["args"] | {"data": "cifar10"}}, path)
+    flags = ["--data", "auto", "--data-dir", "/nowhere", "--epochs", 3]
+    run_script(train_fc, *SMALL, *flags, "--out", copy, "--resume", code=2)
+    assert "--data cifar10, not synthetic" in capsys.readouterr().err
+
+
+# --- the rest ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("where", ["in a step", "in the data"])
+def test_no_memory_names_a_smaller_batch(capsys, tmp_path, monkeypatch, where):
+    module, name = (nn.functional, "mse_loss") if where == "in a step" else (training, "load")
+    monkeypatch.setattr(module, name, lambda *args, **settings: torch.empty(1 << 50))
+    assert "--batch-size 16" in refused(capsys, "--out", tmp_path)
+
+
+def test_a_resumed_run_goes_on_under_its_wandb_id(tmp_path, monkeypatch):
+    begun = []
+
+    class Recorder:
+        Settings = dict
+
+        @staticmethod
+        def init(**settings):
+            begun.append(settings)
+
+    monkeypatch.setitem(sys.modules, "wandb", Recorder)
+    flags = [*SMALL, "--wandb", "offline", "--out", tmp_path]
+    run_script(train_fc, *flags, "--epochs", 1)
+    run_script(train_fc, *flags, "--epochs", 2, "--resume")
+    run_script(train_fc, *flags, "--epochs", 1)
+    first, resumed, other = (settings["id"] for settings in begun)
+    assert first == resumed != other
+    assert all(settings["resume"] == "allow" for settings in begun)
+
+
+def test_a_diverged_epoch_is_not_saved_on_the_way(copy, capsys, monkeypatch):
+    before = (copy / "last.pt").read_bytes()
+    monkeypatch.setattr(training, "SAVE_EVERY", 0)
+    monkeypatch.setattr(nn.functional, "mse_loss", lambda x, *args, **kw: x.sum() * torch.nan)
+    assert "no longer finite" in refused(capsys, "--epochs", 3, "--out", copy, "--resume")
+    assert (copy / "last.pt").read_bytes() == before
+
+
+def test_interrupted_before_it_trains_it_just_ends(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(training, "load", lambda *args, **settings: os.kill(os.getpid(), 2))
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    run_script(train_fc, *SMALL, "--out", tmp_path, code=130)
+    assert "Traceback" not in capsys.readouterr().err
