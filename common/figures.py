@@ -109,6 +109,7 @@ def bench_bars(
             axis.text(value, y, f" {value:.3g}", va="center", fontsize=7)
         axis.set_title(f"{key[0]}, protocol {key[1]}", fontsize=9)
         axis.set_xscale("log")
+        axis.set_xlim(right=3 * max(values))  # room for the number
         axis.tick_params(labelsize=7)
         axis.grid(alpha=0.3, axis="x", which="both")
         axis.margins(y=0.01)
@@ -132,6 +133,6 @@ def bench_growth(path: Path, growth: list[dict[str, Any]], title: str) -> None:
         axis.set(xscale="log", yscale="log", xlabel="images a batch", title=device)
         axis.set_ylabel("microseconds a batch (median)")
         axis.grid(alpha=0.3, which="both")
-        axis.legend(fontsize=7)
+        axis.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
     figure.suptitle(title, fontsize=8)
     _save(figure, path)
