@@ -76,7 +76,7 @@ def load_checkpoint(path: Path, model: nn.Module) -> dict[str, Any]:
                 raise ValueError(damaged)
             file.seek(0)
             state = torch.load(file, map_location="cpu", weights_only=True)
-        weights = state["model"]
+        weights = dict(state)["model"]
     except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
         raise UserError(f"checkpoint {path}: {error.strerror}") from error
     except Exception as error:  # a damaged file can fail anywhere in zip, pickle or torch
