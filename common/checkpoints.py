@@ -55,10 +55,11 @@ def write(path: Path, content: Callable[[Any], None]) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch.save turns a full disk into RuntimeError
+    except (OSError, RuntimeError) as error:
         with suppress(OSError):
             temporary.unlink()
-        raise UserError(f"cannot write {path}: {error}") from error
+        cause = error.__context__ or error  # of a full disk torch.save makes a RuntimeError
+        raise UserError(f"cannot write {path}: {cause}") from error
 
 
 def write_text(path: Path, text: str) -> None:
