@@ -55,10 +55,11 @@ def write(path: Path, content: Callable[[Any], None]) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch.save turns a full disk into RuntimeError
+    except (OSError, RuntimeError) as error:
         with suppress(OSError):
             temporary.unlink()
-        raise UserError(f"cannot write {path}: {error}") from error
+        cause = error.__context__ or error  # of a full disk torch.save makes a RuntimeError
+        raise UserError(f"cannot write {path}: {cause}") from error
 
 
 def write_text(path: Path, text: str) -> None:
@@ -76,7 +77,7 @@ def load_checkpoint(path: Path, model: nn.Module) -> dict[str, Any]:
                 raise ValueError(damaged)
             file.seek(0)
             state = torch.load(file, map_location="cpu", weights_only=True)
-        weights = state["model"]
+        weights = dict(state)["model"]
     except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
         raise UserError(f"checkpoint {path}: {error.strerror}") from error
     except Exception as error:  # a damaged file can fail anywhere in zip, pickle or torch

@@ -15,8 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from common import UserError
 
 LOCAL = int(os.environ.get("LOCAL_RANK", 0))  # the number of this process on its machine
-# For one that hangs; of one that died the others hear at once.
-PATIENCE = timedelta(seconds=50)
+PATIENCE = timedelta(seconds=50)  # with one that hangs; of one that died the others hear at once
 
 
 def ranks() -> tuple[int, int]:

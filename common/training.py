@@ -125,7 +125,9 @@ def within_memory(function: Callable) -> Callable:
                 raise
             args = next(each for each in arguments if isinstance(each, argparse.Namespace))
             half = max(1, args.batch_size // 2)
-            raise UserError(f"no memory: try --batch-size {half}, or fewer images") from error
+            raise UserError(
+                f"no memory: try --batch-size {half} or a lower --train-size"
+            ) from error
 
     return wrapped
 

@@ -91,6 +91,8 @@ def fused_transform(
         height, width = size
     except (TypeError, ValueError):
         raise TypeError(f"fused_transform: size must be (height, width), not {size!r}") from None
+    if not (isinstance(images, Tensor) and (out is None or isinstance(out, Tensor))):
+        raise TypeError("fused_transform: images and out must be tensors")
     hmask = vmask = None
     if not isinstance(hflip, bool):
         hflip, hmask = False, _mask("hflip", hflip)

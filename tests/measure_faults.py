@@ -246,11 +246,12 @@ def images(numbers: random.Random, folder: Path) -> str:
         root = root / CIFAR10.filename
     name = "cifar10" if data.cifar10_on_disk(root) else numbers.choice(["auto", "synthetic"])
     try:
-        loaded = data.load(
-            name, str(root), test_name=numbers.choice(["same", "synthetic"]),
-            train_size=numbers.choice([None, 2, 3, 40, 50_001]) if name == "cifar10" else 5,
-            test_size=3, seed=numbers.choice([0, 1, 2**31 - 1]), device=torch.device("cpu"),
-        )  # fmt: skip
+        with contextlib.redirect_stdout(io.StringIO()):
+            loaded = data.load(
+                name, str(root), test_name=numbers.choice(["same", "synthetic"]),
+                train_size=numbers.choice([None, 2, 3, 40, 50_001]) if name == "cifar10" else 5,
+                test_size=3, seed=numbers.choice([0, 1, 2**31 - 1]), device=torch.device("cpu"),
+            )  # fmt: skip
     except UserError:
         return "refused"
     assert len(loaded.test.images) == 3

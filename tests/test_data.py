@@ -136,6 +136,21 @@ def test_a_damaged_file_is_named(cifar, name, damage, file):
     assert damage == "missing" or md5(path) in str(error.value)
 
 
+def test_a_file_that_is_replaced_while_it_is_read_is_noticed(cifar, monkeypatch):
+    class Replaced(CIFAR10):
+        def _check_integrity(self):
+            whole = super()._check_integrity()
+            path = cifar / CIFAR10.base_folder / "data_batch_2"
+            content = pickle.dumps({"data": np.zeros((20, 3072), np.uint8), "labels": [0] * 20})
+            path.with_suffix(".new").write_bytes(content)
+            path.with_suffix(".new").replace(path)
+            return whole
+
+    monkeypatch.setattr(data, "CIFAR10", Replaced)
+    with pytest.raises(UserError, match=r"data_batch_2|changed while it was read"):
+        load("cifar10", cifar)
+
+
 def test_a_damaged_archive_is_named(cifar):
     archive = archive_instead_of_folder(cifar)
     archive.write_bytes(archive.read_bytes()[:-100])

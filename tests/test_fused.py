@@ -440,6 +440,7 @@ REFUSED = {
         dict(images=IMAGES.clone().requires_grad_(), out=torch.zeros(2, 1, 28, 28)),
         dict(out=torch.zeros(2, 1, 28, 28).requires_grad_()),
     ],
+    "must be tensors": [dict(images=None), dict(images=[[1.0]]), dict(out=3)],
     "no kernel for": [dict(images=IMAGES.to_sparse())],
 }
 

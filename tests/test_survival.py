@@ -2,6 +2,7 @@
 run in its folder. Nothing may be lost, nothing hang, and a mistake costs one line."""
 
 import fcntl
+import io
 import os
 import random
 import resource
@@ -107,6 +108,7 @@ def test_one_that_dies_ends_the_others_and_one_process_goes_on(tmp_path, monkeyp
     assert "another process ended" in err
     assert "--resume" in err
     assert "Traceback" not in err
+    monkeypatch.setattr(training, "report", lambda *args: None)  # most of the time
     run_script(train_cnn, *flags, "--out", tmp_path / "two", "--resume")
     run_script(train_cnn, *flags, "--out", tmp_path / "one")
     assert_close_runs(tmp_path / "one", tmp_path / "two")
@@ -213,7 +215,7 @@ def test_a_full_disk_costs_the_epoch_and_nothing_else(copy, capsys):
         err = refused(capsys, "--epochs", 3, "--out", copy, "--resume")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert "cannot write" in err
+    assert "File too large" in err
     assert {path.name: path.read_bytes() for path in copy.iterdir()} == before
     run_script(train_fc, *SMALL, "--epochs", 3, "--out", copy, "--resume")
     assert len(history(copy)) == 3
@@ -277,6 +279,15 @@ def test_a_checkpoint_with_other_things_in_it_is_refused(capsys, copy, key, valu
     assert f"{path} is not a checkpoint of this version" in err
 
 
+@pytest.mark.parametrize("content", [None, 3, [1], torch.zeros(3), {"model": {1: 2}}], ids=repr)
+@pytest.mark.filterwarnings("error")
+def test_what_is_no_checkpoint_is_refused(tmp_path, content):
+    path = tmp_path / "last.pt"
+    torch.save(content, path)
+    with pytest.raises(training.UserError, match=str(path)):
+        checkpoints.load_checkpoint(path, nn.Linear(2, 3))
+
+
 def test_other_data_than_auto_found_before_are_refused(capsys, copy):
     path = copy / "last.pt"
     state = torch.load(path)
@@ -322,6 +333,16 @@ def test_a_diverged_epoch_is_not_saved_on_the_way(copy, capsys, monkeypatch):
     monkeypatch.setattr(nn.functional, "mse_loss", lambda x, *args, **kw: x.sum() * torch.nan)
     assert "no longer finite" in refused(capsys, "--epochs", 3, "--out", copy, "--resume")
     assert (copy / "last.pt").read_bytes() == before
+
+
+def test_a_folder_whose_name_is_no_text(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "utf-8"))
+    run_script(train_fc, *SMALL, "--epochs", "0", "--out", f"{tmp_path}/\udcff")
+
+
+@pytest.mark.parametrize("flag", ["--seed", "--train-size", "--epochs"])
+def test_a_number_that_torch_cannot_hold_is_refused(capsys, tmp_path, flag):
+    assert "too large" in refused(capsys, flag, 10**30, "--out", tmp_path)
 
 
 def test_interrupted_before_it_trains_it_just_ends(tmp_path, monkeypatch, capsys):
