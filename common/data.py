@@ -46,29 +46,37 @@ def load(
     test_name: "same" or one of these two. Sizes: None for all (50,000 and 10,000).
     Raises UserError for data that are missing, damaged or fewer than asked for.
     """
-    if name == "auto":
-        name = "cifar10" if cifar10_on_disk(Path(root)) else "synthetic"
-        print(f"data: {name}" + (f" ({root} holds no CIFAR-10)" if name == "synthetic" else ""))
+    name = choose(name, root)
     test_name = name if test_name == "same" else test_name
-    pool = _images(name, root, True, train_size, seed)
-    test = _images(test_name, root, False, test_size, seed)
+    pool = images(name, root, True, train_size, seed)
+    test = images(test_name, root, False, test_size, seed)
     order = torch.randperm(len(pool), generator=torch.Generator().manual_seed(seed))
     held_out = max(1, len(pool) // 10)
     splits = (pool[order[held_out:]], pool[order[:held_out]], test)
-    return Data(name, test_name, *(_with_targets(images.to(device)) for images in splits))
+    return Data(name, test_name, *(_with_targets(split.to(device)) for split in splits))
+
+
+def choose(name: str, root: str) -> str:
+    """What "auto" stands for: "cifar10" where `root` holds it, else "synthetic"; says which."""
+    if name == "auto":
+        name = "cifar10" if cifar10_on_disk(Path(root)) else "synthetic"
+        print(f"data: {name}" + (f" ({root} holds no CIFAR-10)" if name == "synthetic" else ""))
+    return name
 
 
 def _with_targets(images: Tensor) -> Split:
     return Split(images, torch.cat([reference_transform(chunk) for chunk in images.split(1000)]))
 
 
-def _images(name: str, root: str, train: bool, size: int | None, seed: int) -> Tensor:
+def images(name: str, root: str, train: bool, size: int | None, seed: int) -> Tensor:
+    """(size, 3, 32, 32) uint8: the first training or test images of "cifar10" or "synthetic";
+    size: None for all (50,000 and 10,000). Raises UserError."""
     full = 50_000 if train else 10_000
     size = full if size is None else size
     if name == "synthetic":
         return synthetic(size, 2 * seed + train)  # another seed for the test images
     if size > full:
-        raise UserError(f"CIFAR-10 has {full} such images, not {size}: lower --train-size")
+        raise UserError(f"CIFAR-10 has {full} such images, not {size}: ask for fewer")
     return cifar10(Path(root), train)[:size]
 
 

@@ -136,10 +136,7 @@ def within_memory(function: Callable) -> Callable:
 def setup(args: argparse.Namespace) -> tuple[torch.device, Data]:
     """The device and the data, after every check that can be made before any work is done; --out
     is claimed, and under torchrun the processes are joined. Raises UserError."""
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: torch sees no CUDA device here; use --device cpu")
-    if args.device == "auto":
-        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    args.device = devices(args.device)[-1]
     device = torch.device(args.device)
     join(args.device)
     if ranks()[0] == 0:
@@ -166,6 +163,16 @@ def setup(args: argparse.Namespace) -> tuple[torch.device, Data]:
             f"training images"
         )
     return device, data
+
+
+def devices(asked: str) -> list[str]:
+    """What --device stands for, the fastest last: auto is the CPU, and CUDA where there is one.
+    Raises UserError."""
+    if asked == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch sees no CUDA device here; use --device cpu")
+    if asked != "auto":
+        return [asked]
+    return ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 
 
 def run(main: Callable[[], None]) -> None:

@@ -1,8 +1,14 @@
 """The training scripts run in the tests' own process here, as starting torch takes seconds."""
 
+import os
 import signal
 
 import pytest
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # a worker a core, each with one thread: threads that wait for each other waste both cores
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 
 from common import training
 

@@ -159,7 +159,7 @@ def test_a_damaged_archive_is_named(cifar):
 
 
 def test_sizes_beyond_the_data_are_refused(cifar):
-    with pytest.raises(UserError, match="--train-size"):
+    with pytest.raises(UserError, match="50000 such images, not 50001"):
         load("cifar10", cifar, train_size=50_001)
 
 

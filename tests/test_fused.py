@@ -389,7 +389,8 @@ def test_same_bits_for_each_number_of_threads():
 def test_lesser_processors(level):
     """The same checks where the operator may not use all that this processor has."""
     tests = "test_equals_torchvision or test_nan or test_layouts or test_gradient_equals or masks"
-    command = [sys.executable, "-m", "pytest", "-q", "-x", __file__, "-k", f"({tests}) and cpu"]
+    command = [sys.executable, "-m", "pytest", "-o", "addopts=", "-qx", __file__, "-k"]
+    command.append(f"({tests}) and cpu")
     environment = {**os.environ, "ATEN_CPU_CAPABILITY": level}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:]

@@ -1,57 +1,265 @@
-"""Keeps README.md's table equal to the JSON in results/. `python tests/test_readme.py` draws it."""
+"""Keeps README.md's figures equal to the JSON in results/. `python tests/test_readme.py` draws
+them: what stands between `<!-- NAME: ... -->` and `<!-- end -->` is the result of a function."""
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parent.parent
-README = ROOT / "README.md"
-BEGIN, END = "<!-- table: drawn from results/ by tests/test_readme.py -->\n", "<!-- end -->"
+README, RESULTS = ROOT / "README.md", ROOT / "results"
+BLOCK = re.compile(r"(?s)(<!-- (\w+): drawn from results/ by tests/test_readme.py -->\n).*?(<!--)")
+CHAIN = "torchvision sequential"
 
 
-def row(name: str, score: dict, epochs: str = "", seconds: str = "") -> str:
-    shares = (f"{100 * score[key]:.2f} %" for key in ("accuracy_0.95", "accuracy_0.99"))
-    return f"| {name} | {' | '.join(shares)} | {score['psnr']:.2f} dB | {epochs} | {seconds} |\n"
+def run(name: str) -> dict:
+    """The metrics.json of a training run."""
+    return json.loads((RESULTS / f"train-{name}.json").read_text())
 
 
-def table() -> str:
-    """One row for each training run in results/, between the floor and the ceiling."""
-    runs = [
-        json.loads(path.read_text()) for path in sorted((ROOT / "results").glob("train-*.json"))
-    ]
-    text = "| | cosine >= 0.95 | >= 0.99 | PSNR | epochs | training |\n|---|---|---|---|---|---|\n"
-    text += row("floor: one constant gray image", runs[0]["floor"])
-    for run in sorted(runs, key=lambda run: run["test"]["mse"], reverse=True):
-        test_name = run["data"]["test_name"]
-        assert test_name == "cifar10", "the table is of CIFAR-10"
-        seconds = f"{run['seconds']:.0f} s" if run["epochs"] else "none"
-        text += row(f"`{run['environment']['command']}`", run["test"], run["epochs"], seconds)
-    text += row("ceiling: the best rank-128 affine map", runs[0]["ceiling"])
-    machine = runs[0]["environment"]
-    text += (
-        f"\n{runs[0]['data']['test']} test images of CIFAR-10; {machine['processor']}, "
-        f"{machine['threads']} threads, torch {machine['torch']}.\n"
+def bench() -> dict:
+    """The benchmark of the CPU."""
+    (path,) = (
+        p
+        for p in RESULTS.glob("bench-*.json")
+        if not json.loads(p.read_text())["environment"]["gpu"]
     )
-    return text
+    return json.loads(path.read_text())
 
 
-def with_table(readme: str) -> str:
-    return re.sub(f"(?s)(?<={re.escape(BEGIN)}).*(?={END})", lambda _: table(), readme)
+def row(name: str, protocol: str) -> dict:
+    """The benchmark's row of that name, at its best batch size."""
+    rows = [r for r in bench()["rows"] if (r["name"], r["protocol"]) == (name, protocol)]
+    return min(rows, key=lambda r: r["us_per_image"])
 
 
-def test_the_table_is_that_of_the_results():
+def share(fraction: float) -> str:
+    return f"{100 * fraction:.2f} %"
+
+
+def seconds(value: float) -> str:
+    return f"{value:.3f} s" if value < 10 else f"{value:.0f} s"
+
+
+def environment(result: dict) -> str:
+    e = result["environment"]
+    return f"{e['processor']}, {e['threads']} threads, torch {e['torch']}, commit {e['commit'][:7]}"
+
+
+def lines(*rows: list[str]) -> str:
+    head, *body = rows
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in (head, ["---"] * len(head), *body))
+
+
+# --- the blocks --------------------------------------------------------------------------------
+
+
+def speed() -> str:
+    """What a pass over the test images costs, the fastest first."""
+    floor, ceiling = (run("fc")[key]["accuracy_0.95"] for key in ("floor", "ceiling"))
+    names = dict.fromkeys(r["name"] for r in bench()["rows"] if r["median_s"] and not r["peer"])
+    best = [row(name, "tensor") for name in names if name not in ("fc products", CHAIN)]
+    best += [row(name, "report") for name in (CHAIN, "fc", "cnn")]
+    best.sort(key=lambda r: r["us_per_image"])
+    body = []
+    for r in best:
+        right = "" if r["accuracy_0.95"] is None else share(r["accuracy_0.95"])
+        label = f"{r['name']}, as the report timed it" if r["protocol"] == "report" else r["name"]
+        against = f"{r['speedup']:.3g}"
+        body.append([label, str(r["batch"]), seconds(r["median_s"]), against, right])
+    head = [
+        "CPU pipeline",
+        "batch",
+        "10,000 images",
+        "times as fast as the chain",
+        "cosine >= 0.95",
+    ]
+    return (
+        lines(head, *body)
+        + f"\nMedians. A constant image gets {share(floor)}, the best rank-128 map "
+        + f"{share(ceiling)}. {environment(bench())}.\n"
+    )
+
+
+def accuracy() -> str:
+    """One row for each training run in results/, between the floor and the ceiling."""
+    runs = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("train-*.json"))]
+
+    def cells(name: str, score: dict, *rest: str) -> list[str]:
+        shares = (share(score[key]) for key in ("accuracy_0.95", "accuracy_0.99"))
+        return [name, *shares, f"{score['psnr']:.2f} dB", *(rest or ("", ""))]
+
+    body = [cells("floor: one constant gray image", run("fc")["floor"])]
+    for each in sorted(runs, key=lambda r: r["test"]["mse"], reverse=True):
+        assert each["data"]["test_name"] == "cifar10", "the table is of CIFAR-10"
+        took = f"{each['seconds']:.0f} s" if each["epochs"] else "none"
+        command = f"`{each['environment']['command'].replace(' --data cifar10', '')}`"
+        body.append(cells(command, each["test"], str(each["epochs"]), took))
+    body.append(cells("ceiling: the best rank-128 affine map", run("fc")["ceiling"]))
+    return (
+        lines(["", "cosine >= 0.95", ">= 0.99", "PSNR", "epochs", "training"], *body)
+        + f"\n{run('fc')['data']['test']} test images of CIFAR-10. {environment(run('fc'))}.\n"
+    )
+
+
+def claims() -> str:
+    """Each claim of the report beside what was measured here."""
+    fc, window, closed = run("fc"), run("fc-window"), run("fc-closed-form")
+    learned, fixed = run("cnn-learned"), run("cnn-fixed")
+    chain, net, cnn = (row(name, "report") for name in (CHAIN, "fc", "cnn"))
+    loader, batched = row("copy", "report"), row("torchvision batched", "report")
+    fused = row("fused", "report")
+    both = run("cnn-fixed-8000-perceptual")
+    mse = both["others"]["CNN, MSE"]
+    terms = [f"vgg{layer}" for layer in (2, 7, 14, 21, 28)]
+    distance = {
+        "perceptual": sum(both["test_terms"][term] for term in terms),
+        "mse": sum(mse["terms"][term] for term in terms),
+    }
+    rate = both["epochs"] * both["data"]["train"] / both["seconds"]
+    rows = [
+        (
+            "1: the FC net is over 98 % right at cosine 0.95",
+            "98 %",
+            share(fc["test"]["accuracy_0.95"]),
+            "`python train_fc.py`",
+            f"holds, and says little: a constant gray image gets "
+            f"{share(fc['floor']['accuracy_0.95'])}, the closed form without training "
+            f"{share(closed['test']['accuracy_0.95'])}",
+        ),
+        (
+            "1.3: stop when 10 epochs bring no 0.000001",
+            "",
+            f"epoch {fc['epochs']}, {fc['seconds']:.0f} s, MSE {fc['test']['mse']:.4g}",
+            "`python train_fc.py`",
+            f"holds: keeps epoch {fc['best_epoch']}",
+        ),
+        (
+            "1.3: the variant, 10 epochs ago less the largest since",
+            "",
+            f"epoch {window['epochs']}, {window['seconds']:.0f} s, MSE {window['test']['mse']:.4g}",
+            "`python train_fc.py --stop-rule window`",
+            f"same run, {window['epochs'] - fc['epochs']:+d} epochs; keeps epoch "
+            f"{window['best_epoch']}",
+        ),
+        (
+            "1.4.1: the chain on the CPU",
+            "0.754336 s",
+            seconds(chain["mean_s"]),
+            "`python bench.py`",
+            "image by image: mostly Python and dispatch. In batches of 100 the same chain takes "
+            f"{seconds(batched['mean_s'])}, the loader included",
+        ),
+        (
+            "1.4.1: the FC net on the CPU",
+            "0.13146 s",
+            seconds(net["mean_s"]),
+            "`python bench.py`",
+            f"faster than the chain image by image; of it {seconds(loader['mean_s'])} are the "
+            f"loader. The fused operator in its place: {seconds(fused['mean_s'])}, and exact",
+        ),
+        (
+            "1.4.1: the FC net on the GPU",
+            "0.139562 s",
+            "not measured",
+            "",
+            "no faster than the report's CPU, which points to the loader and not to the net",
+        ),
+        (
+            "2: the CNN's flips come from the network as a whole",
+            "",
+            f"{share(learned['test']['accuracy_0.95'])}; fixed flip "
+            f"{share(fixed['test']['accuracy_0.95'])}",
+            "`python train_cnn.py`, `--flip fixed`",
+            "cannot hold: an output pixel sees 13 x 13 input pixels. A constant image gets "
+            f"{share(learned['floor']['accuracy_0.95'])}",
+        ),
+        (
+            "2.2.1: the CNN on the CPU",
+            "2.900498 s; perceptual 2.635234 s",
+            seconds(cnn["mean_s"]),
+            "`python bench.py`",
+            f"{cnn['median_s'] / chain['median_s']:.2g} times the chain's time; the loss it was "
+            "trained with changes nothing",
+        ),
+        (
+            "2.2.1: the CNN on the GPU",
+            "0.587102 s; perceptual 0.594008 s",
+            "not measured",
+            "",
+            "",
+        ),
+        (
+            "2: slower than all transforms in sequence on the CPU",
+            "with perceptual loss",
+            f"{cnn['median_s'] / chain['median_s']:.2g} times",
+            "`python bench.py`",
+            "holds on a CPU, with either loss",
+        ),
+        (
+            "2.2.1: 50 minutes an epoch with perceptual loss",
+            "RTX 4070, 224 px",
+            f"{rate:.0f} images/s at {both['args']['vgg_size']} px on this CPU",
+            f"`{both['environment']['command']}`",
+            "not measured on a GPU",
+        ),
+        (
+            "2: the perceptual loss is much stronger",
+            "",
+            f"PSNR {both['test']['psnr']:.2f} dB against {mse['psnr']:.2f} dB with MSE alone; "
+            f"VGG distance {distance['perceptual']:.3g} against {distance['mse']:.3g}",
+            f"`{both['environment']['command']}`",
+            f"cosine 0.95: {share(both['test']['accuracy_0.95'])} against "
+            f"{share(mse['accuracy_0.95'])}, both with the fixed flip",
+        ),
+    ]
+    return lines(["claim", "report", "here", "command", "verdict"], *map(list, rows))
+
+
+def drawn(readme: str) -> str:
+    return BLOCK.sub(lambda m: m[1] + globals()[m[2]]() + m[3], readme)
+
+
+# --- the tests ---------------------------------------------------------------------------------
+
+
+def test_the_figures_are_those_of_the_results():
     readme = README.read_text()
-    assert BEGIN in readme
-    assert readme == with_table(readme), "run: python tests/test_readme.py"
+    assert {name for _, name, _ in BLOCK.findall(readme)} == {"speed", "accuracy", "claims"}
+    assert readme == drawn(readme), "run: python tests/test_readme.py"
+
+
+def test_the_pictures_are_there():
+    pictures = re.findall(r"!\[.*?\]\((.*?)\)", README.read_text())
+    assert pictures
+    assert all((ROOT / picture).is_file() for picture in pictures)
 
 
 def test_there_are_two_commands_and_each_is_whole():
-    lines = [x for x in README.read_text().splitlines() if x.startswith("python3 -m venv")]
-    assert len(lines) == 2
-    assert "train_fc.py" in lines[0]
-    assert "pytest" in lines[1]
-    assert all(".venv/bin/pip install -r" in line for line in lines)
+    commands = [x for x in README.read_text().splitlines() if x.startswith("python3 -m venv")]
+    assert len(commands) == 2
+    assert "train_fc.py" in commands[0]
+    assert "pytest" in commands[1]
+    assert all(".venv/bin/pip install -r" in command for command in commands)
+
+
+@pytest.mark.parametrize("script", ["train_fc.py", "train_cnn.py", "bench.py"])
+def test_the_flags_named_exist(script):
+    command = [sys.executable, str(ROOT / script), "--help"]
+    known = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    used = {
+        flag
+        for line in re.findall(
+            rf"(?:python|nproc_per_node=\S+) {script}([^\n`#|]*)", README.read_text()
+        )
+        for flag in re.findall(r"--[a-z-]+", line)
+    }
+    assert used
+    assert all(flag in known for flag in used)
 
 
 if __name__ == "__main__":
-    README.write_text(with_table(README.read_text()))
+    README.write_text(drawn(README.read_text()))
