@@ -120,8 +120,8 @@ def within_memory(function: Callable) -> Callable:
             return function(*arguments, **settings)
         except (MemoryError, RuntimeError) as error:
             # for the host's memory torch has no class of its own, only messages
-            known = re.search(r"(?i)alloc|out of memory|storage size", str(error))
-            if not known and not isinstance(error, MemoryError):
+            known = r"(?i)allocate|bad_alloc|alloc_failed|out of memory|storage size"
+            if not re.search(known, str(error)) and not isinstance(error, MemoryError):
                 raise
             args = next(each for each in arguments if isinstance(each, argparse.Namespace))
             half = max(1, args.batch_size // 2)
