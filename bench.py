@@ -163,7 +163,8 @@ def main() -> None:
     compare(results)
     results.sort(key=lambda r: (r["device"], r["protocol"], r["us_per_image"] or float("inf")))
     gpu = environment["gpu"] if devices[-1].type == "cuda" else None
-    slug = re.sub("[^a-z0-9]+", "-", (gpu or environment["processor"]).lower()).strip("-")
+    machine = gpu or environment["processor"] + " AMX" * environment["amx"]
+    slug = re.sub("[^a-z0-9]+", "-", machine.lower()).strip("-")
     write_results(args.out / f"bench-{slug}", args, environment, name, results, growth, absent)
 
 

@@ -198,13 +198,15 @@ def run(main: Callable[[], None]) -> None:
         unlock()
 
 
-def processor() -> str:
-    """The processor's name, which platform.processor() does not know on Linux."""
+def processor() -> tuple[str, bool]:
+    """The processor's name, which platform.processor() does not know on Linux, and whether it has
+    AMX, without which bfloat16 is slow."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(": ")[1] for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        text = ""
+    name = re.search(r"model name\s*: (.*)", text)
+    return name[1] if name else platform.processor() or platform.machine(), "amx_bf16" in text
 
 
 def environment() -> dict[str, Any]:
@@ -220,11 +222,13 @@ def environment() -> dict[str, Any]:
             return None
 
     status = git("status", "--porcelain")
+    name, amx = processor()
     return {
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "commit": git("rev-parse", "HEAD"),
         "clean": None if status is None else status == "",
-        "processor": processor(),
+        "processor": name,
+        "amx": amx,
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,

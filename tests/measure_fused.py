@@ -17,14 +17,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common.transforms import fused_transform, matmul_transform, reference_transform
 
 
-def medians(functions, runs):
-    """{name: function} -> {name: median seconds}, in turns, after one warm-up each."""
+def medians(functions, runs, before=None):
+    """{name: function} -> {name: median seconds}, in turns, each call behind one of `before`, or
+    behind an untimed one of its own: the steady state of a pipeline."""
     times = {name: [] for name in functions}
-    for run in range(runs + 1):
+    for _ in range(runs):
         for name, function in functions.items():
+            (before or function)()
             start = time.perf_counter()
             function()
-            times[name] += [time.perf_counter() - start] * (run > 0)
+            times[name].append(time.perf_counter() - start)
     return {name: statistics.median(t) for name, t in times.items()}
 
 
@@ -70,6 +72,20 @@ def main():
     show("torchvision (batches of 100) / fused", t["batched"] / t["fused"], 15, True)
     show("torchvision / fused, both in batches of 100", t["batched"] / t["batches"], 15, True)
     show("fused uint8 / fused float32", t["uint8"] / t["fused"], 0.8)
+
+    other = torch.rand(2**28)
+    t = medians(
+        {
+            "copy": lambda: z.copy_(x),
+            "fused": lambda: fused_transform(x, out=out),
+            "read": lambda: x.sum(),
+        },
+        10,
+        other.sum,
+    )
+    fused, read = (t[name] / t["copy"] for name in ("fused", "read"))
+    print(f"behind a gigabyte of other reads: fused / copy_ {fused:.2f}, x.sum() {read:.2f}")
+    del other
 
     t = medians(
         {
