@@ -270,6 +270,15 @@ def test_an_altered_checkpoint_is_refused_or_holds_the_same(checkpoint):
     assert refusals > 100
 
 
+def test_weights_that_an_altered_bit_makes_a_folder_are_read(checkpoint):
+    path, net, saved = checkpoint
+    content = bytearray(path.read_bytes())
+    content[content.rindex(b"archive/data/0") - 8] |= 0x10  # in the archive's directory
+    path.write_bytes(content)
+    # torch alone would return what the memory held
+    assert same(dict(checkpoints.load_checkpoint(path, net)), saved)
+
+
 @pytest.mark.parametrize("key", ["optimizer", "schedule", "history", "random", "args"])
 @pytest.mark.parametrize("value", [None, 3, {"a": 1}], ids=str)
 def test_a_checkpoint_with_other_things_in_it_is_refused(capsys, copy, key, value):
