@@ -477,6 +477,7 @@ def write_results(
 
     title = f"{args.images} {data_name} images, torch {environment['torch']}, "
     title += f"{environment['threads']} threads of {environment['processor']}"
+    title += " with AMX" if environment["amx"] else ""
     title += f", {environment['gpu']}" if environment["gpu"] else ""
     notes = sorted({f"{r['name']}: {r['note']}" for r in results if r["note"]})
     notes += [f"not installed: {', '.join(absent)}"] if absent else []

@@ -109,10 +109,11 @@ def bench_bars(
             axis.text(value, y, f" {value:.3g}", va="center", fontsize=7)
         axis.set_title(f"{key[0]}, protocol {key[1]}", fontsize=9)
         axis.set_xscale("log")
-        axis.set_xlim(right=3 * max(values))  # room for the number
         axis.tick_params(labelsize=7)
         axis.grid(alpha=0.3, axis="x", which="both")
         axis.margins(y=0.01)
+    values = [value for bars in panels.values() for _, value, _ in bars]
+    axes[-1, 0].set_xlim(min(values) / 2, 3 * max(values))  # of all panels; room for the number
     axes[-1, 0].set_xlabel("microseconds an image (median)")
     figure.suptitle(title, fontsize=8)
     _save(figure, path)

@@ -324,6 +324,70 @@ def check_flags(saved: dict[str, Any], args: argparse.Namespace, free: set[str])
             raise UserError(f"--resume: that run had {flag} {saved.get(key)}, not {value}")
 
 
+class Progress:
+    """Everything that --resume goes on from: what is trained, and how far it has come."""
+
+    def __init__(self, model: nn.Module, args: argparse.Namespace) -> None:
+        self.args, self.out = args, Path(args.out)
+        # 0.95 and not 0.999: the gradients shrink fast in the first epochs, and the second moment
+        # with them; the FC net passes 98 % in fewer steps
+        self.optimizer = torch.optim.Adam(
+            model.parameters(), lr=args.lr, betas=(0.9, 0.95), fused=True
+        )
+        self.schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(
+            self.optimizer, factor=0.3, patience=2, threshold=0.01
+        )
+        self.stopping = EarlyStopping(args.patience, args.min_delta, args.stop_rule)
+        self.parts = {"model": model, "optimizer": self.optimizer}
+        self.parts |= {"schedule": self.schedule, "stopping": self.stopping}
+        self.state = {"history": [], "stopped": False, "seconds_to_98": None}
+        self.state |= {"step": 0, "sums": {}, "seconds": 0.0}  # of the epoch under way
+        self.state |= {"wandb": secrets.token_hex(4)}  # the id under which a resumed run goes on
+
+    def checkpoint(self) -> dict[str, Any]:
+        """The content of last.pt."""
+        own = {key: part.state_dict() for key, part in self.parts.items()}
+        return {**own, **self.state, "args": vars(self.args), "random": random_state()}
+
+    def save(self, epoch_is_over: bool = True) -> None:
+        """Writes the files, last.pt at the end, as it is what --resume goes by."""
+        if ranks()[0] > 0:
+            return
+        last = self.checkpoint()
+        if epoch_is_over and self.stopping.best_epoch == len(last["history"]):
+            best = {"model": last["model"], "epoch": self.stopping.best_epoch, "args": last["args"]}
+            write(self.out / "best.pt", lambda file: torch.save(best, file))
+        self._write_history()
+        write(self.out / "last.pt", lambda file: torch.save(last, file))
+
+    def _write_history(self) -> None:
+        lines = "".join(f"{json.dumps(line)}\n" for line in self.state["history"])
+        write_text(self.out / "history.jsonl", lines)
+
+    def resume(self, free: set[str]) -> None:
+        """Takes everything from last.pt, a run with the same flags, but for the `free` ones.
+        Raises UserError."""
+        saved = load_checkpoint(self.out / "last.pt", self.parts["model"])
+        try:
+            for key, value in self.checkpoint().items():
+                if type(saved[key]) is not type(value) and key != "seconds_to_98":
+                    raise TypeError(key)
+                if key in ("args", "schedule", "stopping") and saved[key].keys() != value.keys():
+                    raise KeyError(key)
+            check_flags(saved["args"], self.args, free)
+            for key, part in self.parts.items():
+                part.load_state_dict(saved[key])
+            self.state = {key: saved[key] for key in self.state}
+            set_random_state(saved["random"])
+            if ranks()[0] == 0:
+                self._write_history()  # a crash may have left it behind last.pt, or cut off
+        except UserError:
+            raise
+        except Exception as error:  # a dict of someone else's can fail anywhere
+            path = self.out / "last.pt"
+            raise UserError(f"{path} is not a checkpoint of this version") from error
+
+
 @within_memory
 def fit(
     model: nn.Module,
@@ -341,116 +405,85 @@ def fit(
     Returns {"history", "stopped", "best_epoch", "seconds_to_98"}. Raises UserError where the
     loss stops being finite; the last good checkpoints stay.
     """
-    out, (rank, world) = Path(args.out), ranks()
-    # 0.95 and not 0.999: the gradients shrink fast in the first epochs, and the second moment with
-    # them; the FC net passes 98 % in fewer steps
-    optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, betas=(0.9, 0.95), fused=True)
-    schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(
-        optimizer, factor=0.3, patience=2, threshold=0.01
-    )
-    stopping = EarlyStopping(args.patience, args.min_delta, args.stop_rule)
-    parts = {"model": model, "optimizer": optimizer, "schedule": schedule, "stopping": stopping}
-    state = {"history": [], "stopped": False, "seconds_to_98": None}
-    state |= {"step": 0, "sums": {}, "seconds": 0.0}  # of the epoch under way
-    state |= {"wandb": secrets.token_hex(4)}  # the id under which a resumed run goes on
-
-    def checkpoint() -> dict[str, Any]:
-        own = {key: part.state_dict() for key, part in parts.items()}
-        return {**own, **state, "args": vars(args), "random": random_state()}
-
-    def write_history() -> None:
-        lines = "".join(f"{json.dumps(line)}\n" for line in state["history"])
-        write_text(out / "history.jsonl", lines)
-
-    def save(epoch_is_over: bool = True) -> None:
-        """last.pt comes last, as it is what --resume goes by."""
-        if rank > 0:
-            return
-        if epoch_is_over and stopping.best_epoch == len(state["history"]):
-            best = {"model": model.state_dict(), "epoch": stopping.best_epoch, "args": vars(args)}
-            write(out / "best.pt", lambda file: torch.save(best, file))
-        write_history()
-        last = checkpoint()
-        write(out / "last.pt", lambda file: torch.save(last, file))
-
+    progress = Progress(model, args)
     if args.resume:
-        saved = load_checkpoint(out / "last.pt", model)
-        try:
-            for key, value in checkpoint().items():
-                if type(saved[key]) is not type(value) and key != "seconds_to_98":
-                    raise TypeError(key)
-                if key in ("args", "schedule", "stopping") and saved[key].keys() != value.keys():
-                    raise KeyError(key)
-            check_flags(saved["args"], args, FREE if decay else FREE | {"epochs"})
-            for key, part in parts.items():
-                part.load_state_dict(saved[key])
-            state = {key: saved[key] for key in state}
-            set_random_state(saved["random"])
-            if rank == 0:
-                write_history()  # a crash may have left it behind last.pt, or cut off
-        except UserError:
-            raise
-        except Exception as error:  # a dict of someone else's can fail anywhere
-            raise UserError(f"{out / 'last.pt'} is not a checkpoint of this version") from error
+        progress.resume(FREE if decay else FREE | {"epochs"})
     elif args.epochs == 0:
-        save()
+        progress.save()
+    state, stopping = progress.state, progress.stopping
     log.start(state["wandb"])
     trained, group = parallel(model)
-    steps = math.ceil(len(data.train.images) / args.batch_size)
     interrupt, stop = Interrupt(), False
-    while (epoch := len(state["history"]) + 1) <= args.epochs and not (state["stopped"] or stop):
+    while len(state["history"]) < args.epochs and not state["stopped"]:
         model.train()
-        start = time.perf_counter()
-        todo = batches(data.train, args.batch_size, args.seed, epoch, state["step"])
-        for batch in tqdm(
-            todo, f"epoch {epoch}", steps, initial=state["step"], leave=False,
-            disable=True if rank else None,
-        ):  # fmt: skip
-            if decay:
-                done = (epoch - 1 + state["step"] / steps) / args.epochs
-                optimizer.param_groups[0]["lr"] = args.lr * (1 - done)
-            if rank:  # dropout of its own, with nothing to save
-                torch.manual_seed(hash((args.seed, epoch, state["step"], rank)))
-            (images, targets), count = share(*batch)
-            optimizer.zero_grad()
-            with autocast(args):
-                loss = loss_fn(trained(images), targets)
-            # torch takes the mean of the gradients, wanted is the mean over all images
-            loss.backward(loss.new_tensor(count * world / len(batch[0])) if group else None)
-            optimizer.step()
-            values = {"stop": bool(interrupt.number), **terms(loss, loss_fn, count)}
-            values = total(values, group)
-            stop = bool(values.pop("stop"))
-            add_up(state["sums"], values)
-            state["step"] += 1
-            if stop or time.perf_counter() - start > SAVE_EVERY:
-                synchronize(args)
-                state["seconds"] += time.perf_counter() - start
-                check_finite(epoch, state["sums"]["loss"].item())
-                save(epoch_is_over=False)
-                start = time.perf_counter()
-                if stop:
-                    break
+        stop = train_epoch(progress, trained, loss_fn, data.train, group, interrupt, decay)
         if stop:
             break
-        synchronize(args)
-        state["seconds"] += time.perf_counter() - start
-        lr = optimizer.param_groups[0]["lr"]  # of the last step
         val = validate(model, loss_fn, data.val, args, group)
+        lr = progress.optimizer.param_groups[0]["lr"]  # of the last step
         line = end_epoch(state, len(data.train.images), val, lr)
         state["stopped"] = stopping.step(line["val_loss"])
         if not decay:
-            schedule.step(line["val_loss"])
+            progress.schedule.step(line["val_loss"])
         log.epoch(line)
-        save()
+        progress.save()
     if stop or interrupt.number:
-        if rank == 0:
+        if ranks()[0] == 0:
             print(f"interrupted, saved; to go on: {resume_command()}", file=sys.stderr)
         sys.exit(128 + (interrupt.number or signal.SIGTERM))
     interrupt.end()
-    if rank == 0:
-        load_checkpoint(out / "best.pt", model)
+    if ranks()[0] == 0:
+        load_checkpoint(Path(args.out, "best.pt"), model)
     return {**state, "best_epoch": stopping.best_epoch}
+
+
+def train_epoch(
+    progress: Progress,
+    trained: nn.Module,
+    loss_fn: nn.Module,
+    split: Split,
+    group: Any,
+    interrupt: Interrupt,
+    decay: bool,
+) -> bool:
+    """An epoch, or what is left of it; True where a signal, to any process, has ended it early."""
+    args, state, optimizer = progress.args, progress.state, progress.optimizer
+    epoch, (rank, world) = len(state["history"]) + 1, ranks()
+    steps = math.ceil(len(split.images) / args.batch_size)
+    start, stop = time.perf_counter(), False
+    todo = batches(split, args.batch_size, args.seed, epoch, state["step"])
+    for batch in tqdm(
+        todo, f"epoch {epoch}", steps, initial=state["step"], leave=False,
+        disable=True if rank else None,
+    ):  # fmt: skip
+        if decay:
+            done = (epoch - 1 + state["step"] / steps) / args.epochs
+            optimizer.param_groups[0]["lr"] = args.lr * (1 - done)
+        if rank:  # dropout of its own, with nothing to save
+            torch.manual_seed(hash((args.seed, epoch, state["step"], rank)))
+        (images, targets), count = share(*batch)
+        optimizer.zero_grad()
+        with autocast(args):
+            loss = loss_fn(trained(images), targets)
+        # torch takes the mean of the gradients, wanted is the mean over all images
+        loss.backward(loss.new_tensor(count * world / len(batch[0])) if group else None)
+        optimizer.step()
+        values = {"stop": bool(interrupt.number), **terms(loss, loss_fn, count)}
+        values = total(values, group)
+        stop = bool(values.pop("stop"))
+        add_up(state["sums"], values)
+        state["step"] += 1
+        if stop or time.perf_counter() - start > SAVE_EVERY:
+            synchronize(args)
+            state["seconds"] += time.perf_counter() - start
+            check_finite(epoch, state["sums"]["loss"].item())
+            progress.save(epoch_is_over=False)
+            start = time.perf_counter()
+            if stop:
+                return True
+    synchronize(args)
+    state["seconds"] += time.perf_counter() - start
+    return False
 
 
 def end_epoch(

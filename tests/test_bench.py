@@ -73,10 +73,13 @@ def test_the_charts_are_drawn(tmp_path, monkeypatch):
     shown = []
     monkeypatch.setattr(figures, "_save", lambda figure, path: shown.append(figure))
     failed = row | {"name": "cnn", "median_s": None, "us_per_image": None}
-    figures.bench_bars(tmp_path, [row, failed], {("cpu", "fc"): 0.13, ("cuda", "fc"): 9.0}, "title")
+    quick = row | {"protocol": "tensor", "us_per_image": 0.1}
+    report = {("cpu", "fc"): 0.13, ("cuda", "fc"): 9.0}
+    figures.bench_bars(tmp_path, [row, failed, quick], report, "title")
     labels = [text.get_text() for text in shown[0].axes[0].get_yticklabels()]
     assert labels == ["fc, by the report", "fused, 10 a batch"]
-    assert shown[0].axes[0].get_xscale() == "log"
+    assert all(axis.get_xscale() == "log" for axis in shown[0].axes)
+    assert all(axis.get_xlim()[0] < 0.1 for axis in shown[0].axes)  # no bar is cut off
     figures.bench_growth(tmp_path, [row, row | {"batch": 100}], "title")
     assert len(shown[1].axes[0].lines[0].get_xdata()) == 2
 
