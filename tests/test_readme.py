@@ -119,7 +119,7 @@ def claims() -> str:
     slower += f", in bfloat16 with AMX {cnn16['median_s'] / chain['median_s']:.2g} times"
     loader, batched = row("copy", "report"), row("torchvision batched", "report")
     fused = row("fused", "report")
-    both = run("cnn-fixed-8000-perceptual")
+    both = run("cnn-fixed-perceptual-bf16")
     mse = both["others"]["CNN, MSE"]
     terms = [f"vgg{layer}" for layer in (2, 7, 14, 21, 28)]
     distance = {
