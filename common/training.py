@@ -327,12 +327,14 @@ def check_flags(saved: dict[str, Any], args: argparse.Namespace, free: set[str])
 class Progress:
     """Everything that --resume goes on from: what is trained, and how far it has come."""
 
-    def __init__(self, model: nn.Module, args: argparse.Namespace) -> None:
+    def __init__(
+        self, model: nn.Module, args: argparse.Namespace, groups: list[dict] | None = None
+    ) -> None:
         self.args, self.out = args, Path(args.out)
         # 0.95 and not 0.999: the gradients shrink fast in the first epochs, and the second moment
         # with them; the FC net passes 98 % in fewer steps
         self.optimizer = torch.optim.Adam(
-            model.parameters(), lr=args.lr, betas=(0.9, 0.95), fused=True
+            groups or model.parameters(), lr=args.lr, betas=(0.9, 0.95), fused=True
         )
         self.schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(
             self.optimizer, factor=0.3, patience=2, threshold=0.01
@@ -396,16 +398,18 @@ def fit(
     args: argparse.Namespace,
     log: "Log",
     decay: bool = False,
+    groups: list[dict] | None = None,
 ) -> dict[str, Any]:
     """Trains `model` until early stopping or --epochs ends it, and leaves it with the weights of
     the lowest validation loss. Where `loss_fn` has `parts` (names to terms), each is logged.
+    groups: the optimizer's parameter groups, where --lr, the first one's, does not suit all.
     decay: the learning rate falls in a line to zero at the end of --epochs, which suits a few
     epochs; else it falls by steps where the validation loss rests, which suits a run without end.
 
     Returns {"history", "stopped", "best_epoch", "seconds_to_98"}. Raises UserError where the
     loss stops being finite; the last good checkpoints stay.
     """
-    progress = Progress(model, args)
+    progress = Progress(model, args, groups)
     if args.resume:
         progress.resume(FREE if decay else FREE | {"epochs"})
     elif args.epochs == 0:

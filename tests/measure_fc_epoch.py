@@ -19,6 +19,7 @@ from torch import nn
 from common import training
 from common.data import to_float
 from common.models import FullyConnected
+from train_fc import parameter_groups
 
 
 def bare_products(images: torch.Tensor, batch_size: int) -> float:
@@ -42,14 +43,16 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as out:
         sys.argv[1:] += ["--epochs", "1", "--wandb", "disabled", "--out", out]
         args = training.parse(
-            training.parser(__doc__, epochs=1, batch_size=100, lr=2e-3), lambda args: out
+            training.parser(__doc__, epochs=1, batch_size=250, lr=5e-4), lambda args: out
         )
         _, data = training.setup(args)
         images = to_float(data.train.images).flatten(1)
         epochs, bare = [], []
         for _ in range(rounds):
             bare.append(bare_products(images, args.batch_size))
-            state = training.fit(FullyConnected(), nn.MSELoss(), data, args, training.Log(args))
+            model, log = FullyConnected(), training.Log(args)
+            groups = parameter_groups(model, args.lr)
+            state = training.fit(model, nn.MSELoss(), data, args, log, groups=groups)
             epochs.append(state["history"][0]["seconds"])
     ratios = [epoch / products for epoch, products in zip(epochs, bare, strict=True)]
     print(
