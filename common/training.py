@@ -152,7 +152,7 @@ def setup(args: argparse.Namespace) -> tuple[torch.device, Data]:
             args.data_dir,
             test_name=args.test_data,
             train_size=args.train_size,
-            test_size=200 if args.dry_run else None,
+            test_size=args.train_size if args.dry_run else None,
             seed=args.seed,
             device=device,
         )

@@ -43,7 +43,7 @@ def test_a_run_leaves_what_design_pins(finished):
     assert [line["epoch"] for line in lines] == [1, 2]
     assert {"epoch", "train_loss", "val_loss", "seconds", "lr"} <= lines[0].keys()
     result = json.loads((out / "metrics.json").read_text())
-    sizes = {"train": 288, "val": 32, "test": 200}
+    sizes = {"train": 288, "val": 32, "test": 320}
     assert result["data"] == {"name": "synthetic", "test_name": "synthetic", **sizes}
     keys = ["mse", "psnr", "accuracy_0.95", "accuracy_0.99", "min_cosine"]
     assert all(list(result[column]) == keys for column in ("test", "floor", "ceiling"))
