@@ -506,7 +506,7 @@ def write_results(
 def keep_memory() -> None:
     """Tells glibc to keep what is freed. By itself it decides by what was freed before, and a row
     would take up to four times as long by the rows before it."""
-    with suppress(AttributeError, OSError, TypeError):  # another C library
+    with suppress(AttributeError):  # another C library
         libc = ctypes.CDLL(None)
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
         libc.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD, the largest it takes

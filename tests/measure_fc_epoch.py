@@ -14,12 +14,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
-from torch import nn
 
+import train_fc
 from common import training
 from common.data import to_float
-from common.models import FullyConnected
-from train_fc import parameter_groups
 
 
 def bare_products(images: torch.Tensor, batch_size: int) -> float:
@@ -40,25 +38,25 @@ def bare_products(images: torch.Tensor, batch_size: int) -> float:
 
 def main() -> None:
     rounds = int(sys.argv.pop(1)) if sys.argv[1:2] and sys.argv[1].isdigit() else 7
+    epochs, bare = [], []
+
+    def report(model, loss_fn, data, args, state, *rest) -> None:
+        images = to_float(data.train.images).flatten(1)
+        bare.append(bare_products(images, args.batch_size))
+        epochs.append(state["history"][0]["seconds"])
+        if len(epochs) == rounds:
+            print(
+                f"data: {data.name}, batches of {args.batch_size}, {os.cpu_count()} cores, "
+                f"torch {torch.__version__}"
+            )
+
+    training.report = report  # in place of the test set and the pictures
     with tempfile.TemporaryDirectory() as out:
         sys.argv[1:] += ["--epochs", "1", "--wandb", "disabled", "--out", out]
-        args = training.parse(
-            training.parser(__doc__, epochs=1, batch_size=250, lr=5e-4), lambda args: out
-        )
-        _, data = training.setup(args)
-        images = to_float(data.train.images).flatten(1)
-        epochs, bare = [], []
         for _ in range(rounds):
-            bare.append(bare_products(images, args.batch_size))
-            model, log = FullyConnected(), training.Log(args)
-            groups = parameter_groups(model, args.lr)
-            state = training.fit(model, nn.MSELoss(), data, args, log, groups=groups)
-            epochs.append(state["history"][0]["seconds"])
+            train_fc.main()
+            training.unlock()
     ratios = [epoch / products for epoch, products in zip(epochs, bare, strict=True)]
-    print(
-        f"data: {data.name}, batches of {args.batch_size}, {os.cpu_count()} cores, "
-        f"torch {torch.__version__}"
-    )
     for name, values in (("epoch s", epochs), ("products s", bare), ("ratio", ratios)):
         low, middle, high = (min(values), statistics.median(values), max(values))
         print(f"{name:12} median {middle:.3f}  ({low:.3f} to {high:.3f})")

@@ -94,19 +94,18 @@ def accuracy() -> str:
         shares = (share(score[key]) for key in ("accuracy_0.95", "accuracy_0.99"))
         return [name, *shares, f"{score['psnr']:.2f} dB", *(rest or ("", ""))]
 
+    runs.sort(key=lambda r: r["test"]["mse"], reverse=True)
+    letters = dict(zip(dict.fromkeys(map(machine, runs)), "ABCDEF", strict=False))
     body = [cells("floor: one constant gray image", run("fc")["floor"])]
-    machines: dict[str, list[dict]] = {}
-    for each in sorted(runs, key=lambda r: r["test"]["mse"], reverse=True):
+    for each in runs:
         assert each["data"]["test_name"] == "cifar10", "the table is of CIFAR-10"
-        machines.setdefault(machine(each), []).append(each)
-        letter = "ABCDEF"[list(machines).index(machine(each))]
-        took = f"{each['seconds']:.0f} s, {letter}" if each["epochs"] else "none"
+        took = f"{each['seconds']:.0f} s, {letters[machine(each)]}" if each["epochs"] else "none"
         command = f"`{each['environment']['command'].replace(' --data cifar10', '')}`"
         body.append(cells(command, each["test"], str(each["epochs"]), took))
     body.append(cells("ceiling: the best rank-128 affine map", run("fc")["ceiling"]))
     where = (
-        f"{letter}: {name}, {commits(*results)}"
-        for letter, (name, results) in zip("ABCDEF", machines.items(), strict=False)
+        f"{letter}: {name}, {commits(*(each for each in runs if machine(each) == name))}"
+        for name, letter in letters.items()
     )
     return (
         lines(["", "cosine >= 0.95", ">= 0.99", "PSNR", "epochs", "training"], *body)
