@@ -139,7 +139,7 @@ class PerceptualLoss(nn.Module):
     over the batch (section 2.2 of the report). The five are convolutions, taken before their ReLU.
 
     weights: see load_vgg16. size: the side, at least 32, to which the images are enlarged.
-    After a call, `parts` holds the six terms, detached, by the names in TERMS. The VGG runs in
+    After a call, `terms` holds the six terms, detached, by the names in TERMS. The VGG runs in
     bfloat16 under autocast, else in float32, on the output's device; it has no parameters and
     leaves nothing in a state dict. Raises UserError for a bad size or weights file.
     """
@@ -149,7 +149,7 @@ class PerceptualLoss(nn.Module):
         if size < 32:
             raise UserError(f"the VGG halves its input four times: size {size} is below 32")
         self.size = size
-        self.parts: dict[str, Tensor] = {}
+        self.terms: dict[str, Tensor] = {}
         self._weights = load_vgg16(weights)
         self._prepared: tuple = (None, [])
 
@@ -174,7 +174,7 @@ class PerceptualLoss(nn.Module):
                 for x in (output, target)
             ]
             distance, terms = _Distance.apply(*large, self._prepared[1], dtype)
-        self.parts = dict(zip(TERMS, (mse.detach(), *terms), strict=True))
+        self.terms = dict(zip(TERMS, (mse.detach(), *terms), strict=True))
         return mse + distance
 
 
