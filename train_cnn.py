@@ -15,6 +15,12 @@ epoch of 45,000 images takes three to four minutes on two CPU cores, with --prec
 that have AMX 40 seconds, and there with the perceptual loss at 64 px seven minutes.
 """
 
+if __name__ == "__main__":  # Ctrl-C during the imports ends the script without a traceback
+    import signal
+
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import math
 import os
 from pathlib import Path
@@ -39,14 +45,17 @@ def main() -> None:
     parser.add_argument("--perceptual", action="store_true", help="add the VGG16 loss to the MSE")
     parser.add_argument(
         "--vgg-weights",
-        default=os.environ.get("VGG16_WEIGHTS", "imagenet"),
+        type=cli.path,
+        default=os.environ.get("VGG16_WEIGHTS") or "imagenet",
         metavar="{imagenet,random,PATH}",
         help="default: $VGG16_WEIGHTS, else imagenet",
     )
     parser.add_argument("--vgg-size", type=cli.number(int, 32), default=224, help="pixels")
     parser.add_argument("--flip", choices=["learned", "fixed"], default="learned")
-    parser.add_argument("--compare", metavar="PATH", help="best.pt of another CNN, shown beside it")
-    args = cli.parse(parser, lambda args: "runs/cnn-perceptual" if args.perceptual else "runs/cnn")
+    parser.add_argument(
+        "--compare", type=cli.path, metavar="PATH", help="best.pt of another CNN, shown beside it"
+    )
+    args = cli.parse(parser, "cnn")  # the default of --out: runs/cnn
     if args.dry_run:
         args.vgg_size = 32
     torch.manual_seed(args.seed)

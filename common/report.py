@@ -60,8 +60,6 @@ def write_report(run: Run, models: dict[str, nn.Module], loss_fn: nn.Module, dat
     if run.history:
         pictures.append(run.out / "loss.png")
         figures.loss_curve(pictures[1], run.history, best_epoch, run.stopped, title)
-    else:
-        (run.out / "loss.png").unlink(missing_ok=True)  # of an older run
     run.log.finish(result, pictures)
     print_table(result, label)
 
