@@ -301,7 +301,7 @@ def validate(
 
 def terms(loss: Tensor, loss_fn: nn.Module, count: int) -> dict[str, Tensor]:
     """The loss and its terms, means over `count` images, as sums over them; on the device."""
-    named = {"loss": loss, **getattr(loss_fn, "parts", {})}
+    named = {"loss": loss, **getattr(loss_fn, "terms", {})}
     return {name: value.detach().double() * count for name, value in named.items()}
 
 
@@ -401,7 +401,7 @@ def fit(
     groups: list[dict] | None = None,
 ) -> dict[str, Any]:
     """Trains `model` until early stopping or --epochs ends it, and leaves it with the weights of
-    the lowest validation loss. Where `loss_fn` has `parts` (names to terms), each is logged.
+    the lowest validation loss. Where `loss_fn` has `terms` (names to terms), each is logged.
     groups: the optimizer's parameter groups, where --lr, the first one's, does not suit all.
     decay: the learning rate falls in a line to zero at the end of --epochs, which suits a few
     epochs; else it falls by steps where the validation loss rests, which suits a run without end.
