@@ -31,7 +31,8 @@ PRIVATE = (  # what torch may rename: without one of these the plain modules run
     "_C._len_torch_function_stack",
     "autograd.forward_ad._current_level",
     "nn.modules.module._has_any_global_hook",
-    "cpu.get_capabilities",
+    "cpu._is_avx512_bf16_supported",
+    "cpu._is_amx_tile_supported",
     "ops.aten.threshold_backward.grad_input",
     "ops.aten.max_pool2d_with_indices_backward",
     "ops.mkldnn._is_mkldnn_bf16_supported",
@@ -189,8 +190,7 @@ def _shapes(module: nn.Module) -> list:
 
 @cache
 def _native_bf16() -> bool:
-    has = torch.cpu.get_capabilities()
-    return bool(has.get("avx512_bf16") or has.get("amx_bf16"))
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def _warn(problem: str) -> str:
