@@ -42,7 +42,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-from common import UserError, checkpoints, data, figures, metrics, training
+from common import UserError, checkpoints, cli, data, distributed, figures, metrics, report
 from common.models import ConvNet, FullyConnected
 from common.peers import PEERS
 from common.transforms import fused_transform, matmul_transform, reference_transform
@@ -104,8 +104,8 @@ class Row:
 
 
 def main() -> None:
-    p = training.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    count = training.number(int, 1)
+    p = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    count = cli.number(int, 1)
     p.add_argument("--runs", type=count, default=30, help="passes of each row (%(default)s)")
     p.add_argument("--images", type=count, default=10_000, help="%(default)s")
     p.add_argument("--batch-size", type=count, default=100, help="%(default)s")
@@ -123,7 +123,7 @@ def main() -> None:
     args.out = Path(args.out or ("runs/bench-dry-run" if args.dry_run else "results"))
     args.batch_size = min(args.batch_size, args.images)
     checkpoints.lock(args.out)
-    devices = [torch.device(name) for name in training.devices(args.device)]
+    devices = [torch.device(name) for name in distributed.devices(args.device)]
     keep_memory()
 
     # the images, and what the chain makes of them
@@ -134,7 +134,7 @@ def main() -> None:
         "fc": trained(args.fc, lambda flags: FullyConnected()),
         "cnn": trained(args.cnn, lambda flags: ConvNet(flags.get("flip", "learned"))),
     }
-    environment = training.environment() | {"memory_gb": memory_gb(), "driver": driver()}
+    environment = report.environment() | {"memory_gb": memory_gb(), "driver": driver()}
     print(" ".join(f"{key}:{value}" for key, value in environment.items()))
 
     # the rows, and time against batch size
@@ -182,8 +182,8 @@ def trained(path: str | None, make: Callable[[dict], nn.Module]) -> tuple[nn.Mod
     for each in paths:
         try:
             model = make({})
-            model = make(training.load_checkpoint(each, model).get("args", {}))
-            training.load_checkpoint(each, model)
+            model = make(checkpoints.load_checkpoint(each, model).get("args", {}))
+            checkpoints.load_checkpoint(each, model)
             flip = f", flip {model.flip}" if isinstance(model, ConvNet) else ""
             return model.eval(), f"weights of {each}{flip}"
         except UserError:
@@ -476,7 +476,7 @@ def write_results(
     flags = {key: str(value) for key, value in vars(args).items()}
     document = {"environment": environment, "args": flags, "data": data_name}
     document |= {"rows": results, "growth": growth, "not_installed": absent}
-    training.write_text(stem.with_suffix(".json"), json.dumps(document, indent=1) + "\n")
+    checkpoints.write_text(stem.with_suffix(".json"), json.dumps(document, indent=1) + "\n")
 
     title = f"{args.images} {data_name} images, torch {environment['torch']}, "
     title += f"{environment['threads']} threads of {environment['processor']}"
@@ -497,7 +497,7 @@ def write_results(
         markdown += f"\n## {heading}\n\n" + "".join(f"| {' | '.join(x)} |\n" for x in lines)
     print("\n" + "\n".join(notes))
     markdown += "\n" + "".join(f"- {note}\n" for note in notes)
-    training.write_text(stem.with_suffix(".md"), markdown)
+    checkpoints.write_text(stem.with_suffix(".md"), markdown)
     figures.bench_bars(stem.with_suffix(".png"), results, REPORT, title)
     figures.bench_growth(stem.with_name(stem.name + "-growth.png"), growth, title)
     print(f"results in {stem}.json, .md, .png and -growth.png")
@@ -531,4 +531,4 @@ def driver() -> str | None:
 
 
 if __name__ == "__main__":
-    training.run(main)
+    cli.run(main)

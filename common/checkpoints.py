@@ -1,5 +1,6 @@
 """Files that a crash leaves whole: one run to a folder, written in one step, checked when read."""
 
+import argparse
 import fcntl
 import io
 import os
@@ -12,11 +13,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from common import UserError
+from common import UserError, distributed
 
 _locks: list[int] = []  # open folders
+
+
+def claim(args: argparse.Namespace) -> None:
+    """Locks --out for this run; on the first rank. Raises UserError, also where --resume finds
+    nothing to resume."""
+    folder = Path(args.out)
+    if distributed.rank() == 0:
+        lock(folder)
+    if args.resume and not (folder / "last.pt").exists():
+        raise UserError(f"--resume: there is no {folder / 'last.pt'}; leave --resume out to start")
 
 
 def lock(folder: Path) -> None:
@@ -93,3 +104,30 @@ def load_checkpoint(path: Path, model: nn.Module) -> dict[str, Any]:
     except Exception as error:  # whatever lies under "model"
         raise UserError(f"{path} is of another model than {type(model).__name__}") from error
     return state
+
+
+# A resumed run is the same run: only these flags may change, and the number of ranks, which is no
+# flag.
+MAY_CHANGE = {"compare", "data_dir", "test_data", "device", "epochs", "out", "resume", "wandb"}
+
+
+def check_flags(saved: dict[str, Any], args: argparse.Namespace, fixed: set[str]) -> None:
+    """Raises UserError where a checkpoint's flags are not this run's, but for those that may
+    change and are not in `fixed`."""
+    for key, value in vars(args).items():
+        if key not in MAY_CHANGE - fixed and saved.get(key) != value:
+            flag = "--" + key.replace("_", "-")
+            raise UserError(f"--resume: that run had {flag} {saved.get(key)}, not {value}")
+
+
+def random_state() -> dict[str, Tensor]:
+    """The state of torch's generators, on the host and on the GPU."""
+    state = {"cpu": torch.get_rng_state()}
+    return state | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
+
+
+def set_random_state(state: dict[str, Tensor]) -> None:
+    """Restores what `random_state` returned."""
+    torch.set_rng_state(state["cpu"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])

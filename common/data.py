@@ -1,5 +1,6 @@
 """CIFAR-10 from disk or by download, synthetic images, and both as uint8 tensors in batches."""
 
+import argparse
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ from torchvision.datasets import CIFAR10
 from torchvision.datasets.utils import calculate_md5
 from tqdm import tqdm
 
-from common import UserError
+from common import UserError, distributed
 from common.transforms import reference_transform
 
 ARCHIVE_MB = 163
@@ -34,6 +35,28 @@ class Data(NamedTuple):
     train: Split
     val: Split
     test: Split
+
+
+def load_data(args: argparse.Namespace, device: torch.device) -> Data:
+    """The data that the flags ask for. Sets --data to what "auto" found, since a resumed run must
+    find the same. Raises UserError."""
+    with distributed.first_rank_first():  # one rank downloads
+        data = load(
+            args.data,
+            args.data_dir,
+            test_name=args.test_data,
+            train_size=args.train_size,
+            test_size=args.train_size if args.dry_run else None,
+            seed=args.seed,
+            device=device,
+        )
+    args.data = data.name
+    count = len(data.train.images)
+    if args.batch_size > count:
+        raise UserError(
+            f"--batch-size {args.batch_size} is larger than the {count} training images"
+        )
+    return data
 
 
 def load(

@@ -10,7 +10,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
-from common import training
+from common import cli
 
 
 @pytest.fixture(autouse=True)
@@ -18,7 +18,7 @@ def quiet(monkeypatch):
     """No wandb unless asked for; signal handlers are put back; a dry run may take more than its
     two epochs."""
     monkeypatch.setenv("WANDB_MODE", "disabled")
-    monkeypatch.setitem(training.DRY_RUN, "epochs", 9)
+    monkeypatch.setitem(cli.DRY_RUN, "epochs", 9)
     handlers = [(number, signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM)]
     yield
     for number, handler in handlers:

@@ -45,7 +45,7 @@ def evaluate(what, weights, size, dtype):
             loss_fn = ours(weights)
             loss_fn.size = size
             loss = loss_fn(output, target)
-            terms = list(loss_fn.parts.values())
+            terms = list(loss_fn.terms.values())
         else:
             terms = plain_perceptual(plain_vgg(weights).to(exact), output, target, size)
             loss = sum(terms)
@@ -123,8 +123,8 @@ def test_frozen_and_out_of_checkpoints():
     output, target = output.clone().requires_grad_(), target.clone().requires_grad_()
     loss(output, target).backward()
     assert target.grad is None
-    assert list(loss.parts) == list(TERMS)
-    assert not any(part.requires_grad for part in loss.parts.values())
+    assert list(loss.terms) == list(TERMS)
+    assert not any(part.requires_grad for part in loss.terms.values())
     with torch.no_grad():
         value = loss(output, target)
     assert not value.requires_grad

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import train_cnn
-from common import training
+from common import cli
 from common.models import ConvNet
 from tests.runs import assert_equal_runs, history, interrupt_at, run_script
 
@@ -18,7 +18,7 @@ TERMS = {"mse", "vgg2", "vgg7", "vgg14", "vgg21", "vgg28"}
 
 @pytest.fixture(autouse=True)
 def few(monkeypatch):
-    monkeypatch.setitem(training.DRY_RUN, "train_size", 40)
+    monkeypatch.setitem(cli.DRY_RUN, "train_size", 40)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -64,18 +64,15 @@ def test_the_terms_of_the_perceptual_loss_stand_beside_it(tmp_path):
     assert json.loads((tmp_path / "metrics.json").read_text())["args"]["vgg_weights"] == "random"
 
 
-def test_the_net_of_the_other_loss_is_shown_beside_where_its_flip_is_the_same(tmp_path, capsys):
-    run(*SMALL, "--flip", "fixed", "--epochs", 1, "--out", tmp_path / "cnn")
-    both = [*SMALL, *RANDOM, "--epochs", 0, "--out", tmp_path / "cnn-perceptual"]
-    run(*both, "--flip", "fixed")
-    result = json.loads((tmp_path / "cnn-perceptual" / "metrics.json").read_text())
-    first = json.loads((tmp_path / "cnn" / "metrics.json").read_text())
-    other = result["others"]["CNN, MSE"]
+def test_compare_shows_another_cnn_beside_it(tmp_path):
+    run(*SMALL, "--flip", "fixed", "--epochs", 1, "--out", tmp_path / "mse")
+    best = tmp_path / "mse" / "best.pt"
+    run(*SMALL, *RANDOM, "--epochs", 0, "--out", tmp_path / "perceptual", "--compare", best)
+    result = json.loads((tmp_path / "perceptual" / "metrics.json").read_text())
+    first = json.loads((tmp_path / "mse" / "metrics.json").read_text())
+    other = result["others"][str(best)]  # behind its own flip
     assert {key: other[key] for key in first["test"]} == pytest.approx(first["test"])
     assert other["terms"].keys() == {"loss", *TERMS}
-    run(*both, "--flip", "learned")
-    result = json.loads((tmp_path / "cnn-perceptual" / "metrics.json").read_text())
-    assert result["others"] == {}
 
 
 @pytest.mark.parametrize(
@@ -84,6 +81,7 @@ def test_the_net_of_the_other_loss_is_shown_beside_where_its_flip_is_the_same(tm
         (["--vgg-size", "31"], "--vgg-size"),
         (["--vgg-weights", "/nowhere.pth"], "/nowhere.pth"),
         (["--flip", "both"], "--flip"),
+        (["--compare", "/nowhere.pt"], "/nowhere.pt"),
     ],
 )
 def test_a_mistake_costs_one_line(tmp_path, capsys, flags, words):

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import train_fc
-from common import figures, training
+from common import UserError, checkpoints, figures
 from common.early_stopping import EarlyStopping
 from common.models import FullyConnected
 from tests.runs import assert_equal_runs, history, interrupt_at, run_script, same
@@ -228,8 +228,8 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path):
         file.write(b"new")
         raise OSError(28, "No space left on device")
 
-    with pytest.raises(training.UserError, match="No space left"):
-        training.write(path, half)
+    with pytest.raises(UserError, match="No space left"):
+        checkpoints.write(path, half)
     assert [(each.name, each.read_bytes()) for each in tmp_path.iterdir()] == [("last.pt", b"old")]
 
 

@@ -1,7 +1,8 @@
-"""Tries on running scripts what the tests try in one process, and counts what comes of it.
+"""Fault injection on real processes, and a fuzzer of every entry point, with counts.
 
-python tests/measure_faults.py kill [20]       kill -9 at random moments, then --resume
-python tests/measure_faults.py fuzz [120] [DOOR ...]    seconds of rubbish at each
+python -m tests.manual.faults kill [20]       SIGKILL at random moments, then --resume
+python -m tests.manual.faults fuzz [120] [arguments checkpoint operator images]
+                                              seconds of invalid input per entry point
 """
 
 import contextlib
@@ -22,7 +23,7 @@ from torchvision.datasets import CIFAR10
 import bench
 import train_cnn
 import train_fc
-from common import UserError, checkpoints, data, figures, training
+from common import UserError, checkpoints, cli, data, figures
 from common.transforms import fused_transform, matmul_transform
 from tests.runs import ROOT, assert_equal_runs, quiet_environment
 
@@ -38,11 +39,11 @@ RUNS = {
 # Saves within the epoch give a kill more to hit; "ready" tells imports from what can be hit.
 START = """
 import sys, {0}
-from common import training
-training.SAVE_EVERY, training.DRY_RUN["epochs"], fit = 0.1, 6, training.fit
-training.fit = lambda *args, **more: (print("ready", flush=True), fit(*args, **more))[1]
+from common import cli, run
+run.SAVE_EVERY, cli.DRY_RUN["epochs"], start = 0.1, 6, run.Run.start
+run.Run.start = lambda self: (print("ready", flush=True), start(self))[1]
 sys.argv[0] = "{0}.py"
-training.run({0}.main)
+cli.run({0}.main)
 """
 
 
@@ -100,16 +101,16 @@ def fuzz(seconds: float) -> None:
     """Anything but a result, one line with exit code 2, or the error that is promised, is a
     crash, and ends this script with its traceback."""
     figures._save = lambda figure, path: figures.plt.close(figure)  # most of a short run's time
-    doors = {door.__name__: door for door in (arguments, checkpoint, operator, images)}
-    for door in (doors[name] for name in sys.argv[3:] or doors):
+    entries = {entry.__name__: entry for entry in (arguments, checkpoint, operator, images)}
+    for entry in (entries[name] for name in sys.argv[3:] or entries):
         numbers, counts, end = random.Random(1), Counter(), time.monotonic() + seconds
         with tempfile.TemporaryDirectory() as folder:
             while time.monotonic() < end:
-                counts[door(numbers, Path(folder))] += 1
-        print(f"{door.__name__}: {sum(counts.values())} tries, {dict(counts)}", flush=True)
+                counts[entry(numbers, Path(folder))] += 1
+        print(f"{entry.__name__}: {sum(counts.values())} tries, {dict(counts)}", flush=True)
 
 
-RUBBISH = [
+INVALID = [
     "", "-1", "0", "1", "2", "3", "1e3", "nan", "inf", "-inf", "1e308", "1e-320", "9" * 30, "x",
     "\udcff", "é", "/dev/null", "/proc/1", "a" * 300, "--", "-", "cuda", "cpu", "0x10", "1_0", "٣",
     "synthetic", "cifar10", "auto", "random", "fixed", "bf16", "window", "-h", " ",
@@ -125,7 +126,7 @@ def arguments(numbers: random.Random, folder: Path) -> str:
              "fc", "cnn", "peers", "no-such"]  # fmt: skip
     line = []
     for flag in numbers.sample(flags, numbers.randrange(1, 4)):
-        line += [f"--{flag}", *([numbers.choice(RUBBISH)] if numbers.random() < 0.9 else [])]
+        line += [f"--{flag}", *([numbers.choice(INVALID)] if numbers.random() < 0.9 else [])]
     base = ["--data", "synthetic", "--data-dir", str(folder), "--out", str(folder / "run")]
     base += ["--dry-run", *(["--wandb", "disabled"] if script is not bench else [])]
     sys.argv = [f"{script.__name__}.py", *base, *line]
@@ -137,7 +138,7 @@ def arguments(numbers: random.Random, folder: Path) -> str:
     out, err = (io.TextIOWrapper(io.BytesIO(), errors=how) for how in ("strict", "replace"))
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            training.run(script.main)
+            cli.run(script.main)
         return "ran"
     except SystemExit as stopped:
         end = stopped
@@ -152,7 +153,7 @@ def arguments(numbers: random.Random, folder: Path) -> str:
 
 
 def checkpoint(numbers: random.Random, folder: Path) -> str:
-    """Rubbish bytes, rubbish objects, and a real one cut, altered or with other things in it."""
+    """Random bytes, other objects, and a real checkpoint cut, altered or with other content."""
     path, net = folder / "last.pt", nn.Linear(5, 3)
     whole = {"model": net.state_dict(), "args": {"seed": 0}, "history": [{"epoch": 1}]}
     kind = numbers.choice(["bytes", "object", "cut", "altered", "inserted"])

@@ -1,0 +1,128 @@
+"""Data-parallel training under torchrun: each rank trains on its share of every batch, and DDP
+averages the gradients. Without torchrun there is one rank, and nothing here does anything."""
+
+import argparse
+import os
+import shlex
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from common import UserError
+
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
+# While the first rank downloads, the others wait.
+SETUP_TIMEOUT = timedelta(hours=1)
+# For a rank that hangs, longer than any load can hold one up; a rank that died is noticed
+# immediately.
+STEP_TIMEOUT = timedelta(minutes=10)
+_group: Any = None  # the ranks that train, with STEP_TIMEOUT
+
+
+class Shard(NamedTuple):
+    """A rank's share of a batch. count: its images. weight: the factor of its loss, with which
+    DDP's mean over the ranks is the mean over all images of the batch."""
+
+    images: Tensor
+    targets: Tensor
+    count: int
+    weight: float
+
+
+def rank() -> int:
+    """The number of this process; 0 without torchrun."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """The number of processes; 1 without torchrun."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def devices(asked: str) -> list[str]:
+    """What --device stands for, the fastest last: auto is the CPU, and CUDA where there is one.
+    Raises UserError."""
+    if asked == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch sees no CUDA device here; use --device cpu")
+    if asked != "auto":
+        return [asked]
+    return ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+
+
+def init(args: argparse.Namespace) -> torch.device:
+    """The device of --device, which it replaces by what "auto" found, for each rank a GPU of its
+    own; joins the ranks that torchrun started, of which the first alone prints. Raises
+    UserError."""
+    args.device = devices(args.device)[-1]
+    device = torch.device(args.device)
+    if device.type == "cuda":
+        if torch.cuda.device_count() <= LOCAL_RANK:
+            raise UserError(f"--nproc_per_node: at most {torch.cuda.device_count()}, a GPU each")
+        torch.cuda.set_device(LOCAL_RANK)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=SETUP_TIMEOUT)
+    if rank() > 0:
+        sys.stdout = None  # print then does nothing
+    return device
+
+
+@contextmanager
+def first_rank_first() -> Iterator[None]:
+    """The first rank of each machine runs the block before the others, which find its files."""
+    if LOCAL_RANK > 0 and dist.is_initialized():
+        dist.barrier()
+    yield
+    if LOCAL_RANK == 0 and dist.is_initialized():
+        dist.barrier()
+
+
+def wrap(model: nn.Module) -> nn.Module:
+    """The module to train: DistributedDataParallel over `model` under torchrun, else `model`."""
+    global _group
+    _group = None
+    if not dist.is_initialized():
+        return model
+    dist.barrier()  # within SETUP_TIMEOUT; from here on STEP_TIMEOUT holds
+    _group = dist.new_group(timeout=STEP_TIMEOUT)
+    return DistributedDataParallel(model, process_group=_group)
+
+
+def shard(images: Tensor, targets: Tensor) -> Shard:
+    """This rank's share of a batch. A rank without images gets the first one with weight 0, since
+    DDP's all-reduce needs every rank."""
+    first, world, total_count = rank(), world_size(), len(images)
+    left = first < total_count
+    part = slice(first, None, world) if left else slice(1)
+    count = len(images[part]) if left else 0
+    weight = count * world / total_count if total_count else 0.0
+    return Shard(images[part], targets[part], count, weight)
+
+
+def total(values: dict[str, Any]) -> dict[str, Any]:
+    """Numbers or scalar tensors, summed over the ranks; the same bits on each rank."""
+    if _group is None:
+        return values
+    device = "cuda" if dist.get_backend(_group) == "nccl" else "cpu"
+    stacked = torch.tensor(list(map(float, values.values())), dtype=torch.float64, device=device)
+    dist.all_reduce(stacked, group=_group)
+    return dict(zip(values, stacked, strict=True))
+
+
+def is_lost(error: RuntimeError) -> bool:
+    """Whether `error` says that another rank ended or hangs."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error)
+
+
+def resume_command() -> str:
+    """The command of this run with --resume."""
+    several = ["torchrun", "--standalone", f"--nproc_per_node={world_size()}"]
+    resume = [] if "--resume" in sys.argv else ["--resume"]
+    return shlex.join([*(several if world_size() > 1 else ["python"]), *sys.argv, *resume])

@@ -1,0 +1,206 @@
+"""One training run and its folder: what --resume restores, and when it is saved. A Run never calls
+the model, the loss or the optimizer: the script does.
+
+last.pt         all that a resumed run needs     history.jsonl   one line per epoch
+best.pt         the weights with the lowest validation loss
+"""
+
+import argparse
+import json
+import math
+import secrets
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from common import UserError, distributed
+from common.checkpoints import (
+    check_flags,
+    load_checkpoint,
+    random_state,
+    set_random_state,
+    write,
+    write_text,
+)
+from common.data import Split, batches
+from common.wandb_log import WandbLog
+
+SAVE_EVERY = 180  # seconds: the most that a SIGKILL in a long epoch can cost
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+# The part of a run that is neither in its `parts` nor a flag, with its value before it begins.
+STATE = ("history", "stopped", "seconds_to_98", "step", "sums", "seconds", "wandb")
+
+
+class Run:
+    """args: the flags; a resumed run must have the same, but for those that may change. fixed:
+    flags that may not, although they may in other scripts. parts: whatever has a state_dict;
+    "model" and "stopping" are among them."""
+
+    def __init__(self, args: argparse.Namespace, *, fixed: set[str] = frozenset(), **parts) -> None:
+        self.args, self.out, self.fixed, self.parts = args, Path(args.out), fixed, parts
+        self.history: list[dict[str, Any]] = []
+        self.stopped, self.seconds_to_98 = False, None
+        # of the epoch under way: steps that are done, sums of the losses over images, seconds
+        self.step, self.sums, self.seconds = 0, {}, 0.0
+        self.wandb = secrets.token_hex(4)  # the id under which a resumed run logs
+        self.log: WandbLog | None = None
+        self.signal: int | None = None
+        self.clock = 0.0
+
+    @property
+    def epoch(self) -> int:
+        """The number of epochs that are complete."""
+        return len(self.history)
+
+    def start(self) -> None:
+        """Restores last.pt under --resume, starts wandb, and from here on defers signals: the
+        first SIGINT or SIGTERM ends the run after its step, a second one at once. Raises
+        UserError for a checkpoint that is damaged or of another run."""
+        if self.args.resume:
+            self._restore()
+        elif self.args.epochs == 0:
+            self._write()
+        self.log = WandbLog(self.args, self.wandb)
+        for number in SIGNALS:
+            signal.signal(number, self._on_signal)
+
+    def _on_signal(self, number: int, frame: object) -> None:
+        self.signal = number
+        if distributed.world_size() == 1:  # torchrun repeats a signal that all ranks have had
+            default_signals()
+
+    def batches(self, split: Split) -> Iterator[tuple[Tensor, Tensor]]:
+        """The rest of the current epoch, in an order that --seed and the epoch alone decide:
+        images (B, 3, 32, 32) float32 in [0, 1], targets (B, 1, 28, 28). With a progress bar."""
+        seed, epoch, rank = self.args.seed, self.epoch + 1, distributed.rank()
+        steps = math.ceil(len(split.images) / self.args.batch_size)
+        todo = batches(split, self.args.batch_size, seed, epoch, self.step)
+        self.clock = time.perf_counter()
+        for batch in tqdm(
+            todo, f"epoch {epoch}", steps, initial=self.step, leave=False,
+            disable=True if rank else None,  # None: on a terminal only
+        ):  # fmt: skip
+            if rank:  # dropout masks of its own, without a random state to save
+                torch.manual_seed(hash((seed, epoch, self.step, rank)))
+            yield batch
+        self._stop_clock()
+
+    def step_done(self, losses: dict[str, Tensor], count: int) -> None:
+        """After each optimizer step. losses: means over `count` images, "loss" among them. Saves
+        every SAVE_EVERY seconds; after a signal to any rank it saves and exits."""
+        sums = {name: loss.detach().double() * count for name, loss in losses.items()}
+        sums = distributed.total({"signal": bool(self.signal), **sums})
+        interrupted = bool(sums.pop("signal"))
+        for name, value in sums.items():
+            self.sums[name] = self.sums[name] + value if name in self.sums else value
+        self.step += 1
+        if interrupted or time.perf_counter() - self.clock > SAVE_EVERY:
+            self._stop_clock()
+            self._check_finite(self.epoch + 1, self.sums["loss"].item())
+            self._write(epoch_is_over=False)
+            if interrupted:
+                self._exit()
+
+    def _stop_clock(self) -> None:
+        if self.args.device == "cuda":
+            torch.cuda.synchronize()
+        self.seconds += time.perf_counter() - self.clock
+        self.clock = time.perf_counter()
+
+    def log_epoch(self, count: int, val: dict[str, float], lr: float) -> None:
+        """Ends the epoch: one line of the history on stdout and in wandb. count: the training
+        images; val: what `evaluate` returned; lr: of the last step. Raises UserError where a loss
+        is not finite, before anything is saved."""
+        line = {"epoch": self.epoch + 1}
+        line |= {f"train_{name}": value.item() / count for name, value in self.sums.items()}
+        line |= {f"val_{name}": value for name, value in val.items()}
+        line |= {"seconds": self.seconds, "lr": lr}
+        self._check_finite(line["epoch"], line["train_loss"], line["val_loss"])
+        self.history.append(line)
+        if self.seconds_to_98 is None and line["val_accuracy_0.95"] >= 0.98:
+            self.seconds_to_98 = sum(each["seconds"] for each in self.history)
+        self.step, self.sums, self.seconds = 0, {}, 0.0
+        rate = {"images_per_s": count / line["seconds"]}
+        print(" ".join(f"{key}:{value:.6g}" for key, value in (line | rate).items()), flush=True)
+        self.log.epoch(line)
+
+    @staticmethod
+    def _check_finite(epoch: int, *losses: float) -> None:
+        if not all(map(math.isfinite, losses)):
+            raise UserError(
+                f"epoch {epoch}: the loss is no longer finite; start again with a lower --lr"
+            )
+
+    def save(self) -> None:
+        """After each epoch: writes the files; exits where a signal, to any rank, has asked."""
+        self._write()
+        if distributed.total({"signal": bool(self.signal)})["signal"]:
+            self._exit()
+
+    def _exit(self) -> None:
+        if distributed.rank() == 0:
+            command = distributed.resume_command()
+            print(f"interrupted, saved; to go on: {command}", file=sys.stderr)
+        sys.exit(128 + (self.signal or signal.SIGTERM))
+
+    def load_best(self) -> None:
+        """Loads best.pt into the model. Signals end the process at once from here on."""
+        default_signals()
+        if distributed.rank() == 0:
+            load_checkpoint(self.out / "best.pt", self.parts["model"])
+
+    def _checkpoint(self) -> dict[str, Any]:
+        """The content of last.pt."""
+        parts = {name: part.state_dict() for name, part in self.parts.items()}
+        state = {name: getattr(self, name) for name in STATE}
+        return {**parts, **state, "args": vars(self.args), "random": random_state()}
+
+    def _write(self, epoch_is_over: bool = True) -> None:
+        """Writes the files, last.pt at the end, as it is what --resume goes by."""
+        if distributed.rank() > 0:
+            return
+        last, best_epoch = self._checkpoint(), self.parts["stopping"].best_epoch
+        if epoch_is_over and best_epoch == self.epoch:
+            best = {"model": last["model"], "epoch": best_epoch, "args": last["args"]}
+            write(self.out / "best.pt", lambda file: torch.save(best, file))
+        self._write_history()
+        write(self.out / "last.pt", lambda file: torch.save(last, file))
+
+    def _write_history(self) -> None:
+        lines = "".join(f"{json.dumps(line)}\n" for line in self.history)
+        write_text(self.out / "history.jsonl", lines)
+
+    def _restore(self) -> None:
+        path = self.out / "last.pt"
+        saved = load_checkpoint(path, self.parts["model"])
+        try:
+            for key, value in self._checkpoint().items():
+                if type(saved[key]) is not type(value) and key != "seconds_to_98":
+                    raise TypeError(key)
+                if key in ("args", "scheduler", "stopping") and saved[key].keys() != value.keys():
+                    raise KeyError(key)
+            check_flags(saved["args"], self.args, self.fixed)
+            for name, part in self.parts.items():
+                part.load_state_dict(saved[name])
+            for name in STATE:
+                setattr(self, name, saved[name])
+            set_random_state(saved["random"])
+            if distributed.rank() == 0:
+                self._write_history()  # a crash may have left it behind last.pt, or cut off
+        except UserError:
+            raise
+        except Exception as error:  # somebody else's dict can fail anywhere
+            raise UserError(f"{path} is not a checkpoint of this version") from error
+
+
+def default_signals() -> None:
+    """SIGINT and SIGTERM end the process at once."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_DFL)

@@ -1,0 +1,62 @@
+"""wandb where it is installed and works. It asks nothing and never ends a run."""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from common import distributed
+
+
+class WandbLog:
+    """Logs one run, under the id with which a resumed run goes on; only on the first rank."""
+
+    def __init__(self, args: argparse.Namespace, run_id: str) -> None:
+        self.run = None
+        if args.wandb != "disabled" and distributed.rank() == 0:
+            self._try(lambda: self._init(args, run_id))
+
+    def _init(self, args: argparse.Namespace, run_id: str) -> None:
+        import wandb
+
+        mode = args.wandb
+        if mode == "online" and not wandb.login(prompt=False):
+            print("wandb: not logged in; offline (`wandb sync` uploads the run later)")
+            mode = "offline"
+        self.run = wandb.init(
+            project=os.environ.get("WANDB_PROJECT", "learned-transforms"),
+            name=Path(args.out).name,
+            dir=os.environ.get("WANDB_DIR", args.out),
+            mode=mode,
+            config=vars(args),
+            id=run_id,
+            resume="allow",
+            settings=wandb.Settings(silent=True, console="off", init_timeout=30),
+        )
+
+    def _try(self, action: Callable[[], Any]) -> None:
+        try:
+            action()
+        except Exception as error:  # whatever it is, the run is worth more
+            print(f"wandb is off: {type(error).__name__}: {error}", file=sys.stderr)
+            self.run = None
+
+    def epoch(self, line: dict[str, Any]) -> None:
+        """One line of the history: the loss curves."""
+        if self.run:
+            self._try(lambda: self.run.log(line, step=line["epoch"]))
+
+    def finish(self, result: dict[str, Any], pictures: list[Path]) -> None:
+        """The final figures and the pictures."""
+
+        def send() -> None:
+            import wandb
+
+            self.run.summary.update({key: result[key] for key in ("test", "floor", "ceiling")})
+            self.run.log({picture.stem: wandb.Image(str(picture)) for picture in pictures})
+            self.run.finish()
+
+        if self.run:
+            self._try(send)
