@@ -1,132 +1,104 @@
-"""Training steps per second of the CNN and of its perceptual loss on the CPU, plain against fast,
-in turns within one run: python -m tests.measure_cnn_step [--weights PATH]
+"""Training steps per second of the CNN, with MSE and with the perceptual loss, on this CPU: the
+plain modules, the same under torch.compile, and the fast path of common/fast_cpu.py.
 
-"Plain" is what one writes first, with nothing but torch and torchvision, in channels_last under
-autocast; the tests compare the same two functions by value.
+    python -m tests.manual.cnn_step                     bfloat16 where the processor has it
+    python -m tests.manual.cnn_step --dtype float32 --vgg-size 64 --compile
+
+The rows run in turns within one run; the gradients of plain and fast are compared first.
 """
 
 import argparse
+import copy
 import time
+from collections.abc import Callable
 from statistics import median
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from torchvision.models import vgg
 
+from common import fast_cpu
 from common.models import ConvNet
-from common.perceptual import PerceptualLoss, load_vgg16
-
-MEAN = torch.tensor([0.485, 0.456, 0.406], dtype=torch.float64).view(1, 3, 1, 1)
-STD = torch.tensor([0.229, 0.224, 0.225], dtype=torch.float64).view(1, 3, 1, 1)
+from common.perceptual import PerceptualLoss
 
 
-def plain_net() -> nn.Sequential:
-    """The report's section 2.1, for (N, 3, 32, 32) images in channels_last."""
-    return nn.Sequential(
-        *(nn.Conv2d(3, 64, 4, padding=1), nn.ReLU()),
-        *(nn.Conv2d(64, 64, 4, padding=1), nn.ReLU(), nn.Dropout(0.2)),
-        *(nn.Conv2d(64, 64, 4, padding=1), nn.ReLU(), nn.Dropout(0.2)),
-        nn.Conv2d(64, 1, 4, padding=1),
-    ).to(memory_format=torch.channels_last)
+def training_step(net, loss_fn, images, target, dtype, fast) -> Callable[[], None]:
+    optimizer = torch.optim.Adam(net.parameters(), 1e-3, fused=True)
+
+    def step() -> None:
+        fast_cpu.enable(fast)
+        optimizer.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            loss = loss_fn(net(images), target)
+        loss.backward()
+        optimizer.step()
+
+    return step
 
 
-def plain_features(weights: str) -> nn.Sequential:
-    """torchvision's vgg16().features up to layer 28, frozen, its ReLUs not in place."""
-    features = vgg.make_layers(vgg.cfgs["D"], batch_norm=False)
-    state = load_vgg16(weights)
-    features.load_state_dict({key.removeprefix("features."): value for key, value in state.items()})
-    for module in features:
-        if isinstance(module, nn.ReLU):
-            module.inplace = False
-    features = features[:29].eval().requires_grad_(False)
-    return features.to(memory_format=torch.channels_last)
-
-
-def plain_perceptual(features: nn.Module, output: Tensor, target: Tensor, size: int) -> list:
-    """The six terms of the report's section 2.2."""
-
-    def maps(images: Tensor) -> list[Tensor]:
-        x = F.interpolate(images, size=size, mode="bilinear").expand(-1, 3, -1, -1)
-        x = (x - MEAN.to(x.dtype)) / STD.to(x.dtype)
-        taps = []
-        for i, layer in enumerate(features):
-            x = layer(x)
-            if i in (2, 7, 14, 21, 28):
-                taps.append(x)
-        return taps
-
-    with torch.no_grad():
-        wanted = maps(target)
-    terms = [F.mse_loss(a, b) for a, b in zip(maps(output), wanted, strict=True)]
-    return [F.mse_loss(output, target), *terms]
-
-
-def rounds(title: str, steps: dict, images: int, repeats: int) -> None:
-    """Runs the steps in turns, once to warm up; prints medians and the first's over each."""
-    seconds = {name: [] for name in steps}
-    for i in range(repeats + 1):
+def rounds(title: str, steps: dict[str, Callable], images: int, seconds: float) -> None:
+    """Runs the steps in turns for `seconds` after one warm-up each and prints medians."""
+    taken = {name: [] for name in steps}
+    for step in steps.values():
+        step()
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or len(taken["plain"]) < 3:
         for name, step in steps.items():
             start = time.perf_counter()
             step()
-            if i:
-                seconds[name].append(time.perf_counter() - start)
-    base = median(next(iter(seconds.values())))
-    for name, values in seconds.items():
-        middle, least = median(values), min(values)
+            taken[name].append(time.perf_counter() - start)
+    plain = median(taken["plain"])
+    for name, values in taken.items():
+        middle = median(values)
         print(
-            f"{title} {name:12} median_ms:{1e3 * middle:.0f} min_ms:{1e3 * least:.0f} "
-            f"images/s:{images / middle:.1f} ratio:{base / middle:.2f} n:{repeats}",
+            f"{title:12} {name:8} median_ms:{1e3 * middle:.0f} min_ms:{1e3 * min(values):.0f} "
+            f"images_per_s:{images / middle:.1f} speedup:{plain / middle:.2f} n:{len(values)}",
             flush=True,
         )
 
 
+def compare(title: str, net, loss_fn, images, target, dtype) -> None:
+    """Prints how far the fast gradient is from the plain one, dropout aside."""
+    grads, net = [], copy.deepcopy(net).eval()
+    for fast in (False, True):
+        net.zero_grad()
+        fast_cpu.enable(fast)
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            loss = loss_fn(net(images), target)
+        loss.backward()
+        grads.append(torch.cat([p.grad.flatten() for p in net.parameters()]))
+    error = (grads[1] - grads[0]).norm() / grads[0].norm()
+    print(f"{title:12} gradients differ by {error:.1e} of their norm; {fast_cpu.status()}")
+
+
 def main() -> None:
+    native = "bfloat16" if fast_cpu._native_bf16() else "float32"
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default=native)
     parser.add_argument("--weights", default="random", help="of the VGG: random, imagenet or PATH")
-    parser.add_argument("--batch-size", type=int, default=128, help="of the CNN alone")
-    parser.add_argument("--vgg-batch-size", type=int, default=16, help="0: leave the VGG out")
-    parser.add_argument("--repeats", type=int, default=9, help="of the CNN's step")
-    parser.add_argument("--vgg-repeats", type=int, default=3)
+    parser.add_argument("--batch-size", type=int, default=64, help="of the CNN with MSE")
+    parser.add_argument("--vgg-batch-size", type=int, default=8, help="0: without the VGG")
+    parser.add_argument("--vgg-size", type=int, default=224)
+    parser.add_argument("--seconds", type=float, default=30, help="for each of the two losses")
+    parser.add_argument("--compile", action="store_true", help="a row with torch.compile")
     args = parser.parse_args()
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
+    dtype = getattr(torch, args.dtype)
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {args.dtype}")
     torch.manual_seed(0)
-
-    def training_step(net: nn.Module, loss_fn, batch: int, bf16: bool):
-        optimizer = torch.optim.Adam(net.parameters(), 1e-3)
-        images, target = torch.rand(batch, 3, 32, 32), torch.rand(batch, 1, 28, 28)
-        images = images.contiguous(memory_format=torch.channels_last)
-
-        def step() -> None:
-            optimizer.zero_grad()
-            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-                loss = loss_fn(net(images), target)
-            loss.backward()
-            optimizer.step()
-
-        return step
-
-    n = args.batch_size
-    steps = {
-        "plain bf16": training_step(plain_net(), F.mse_loss, n, True),
-        "fast bf16": training_step(ConvNet(), F.mse_loss, n, True),
-        "fast fp32": training_step(ConvNet(), F.mse_loss, n, False),
-    }
-    rounds("cnn", steps, n, args.repeats)
-
-    n = args.vgg_batch_size
-    if n:
-        features, loss_fn = plain_features(args.weights), PerceptualLoss(args.weights)
-
-        def plain(output: Tensor, target: Tensor) -> Tensor:
-            return sum(plain_perceptual(features, output, target, 224))
-
+    cases = {"mse": (F.mse_loss, args.batch_size)}
+    if args.vgg_batch_size:
+        perceptual = PerceptualLoss(args.weights, args.vgg_size)
+        cases["perceptual"] = perceptual, args.vgg_batch_size
+    for title, (loss_fn, n) in cases.items():
+        batch = torch.rand(n, 3, 32, 32), torch.rand(n, 1, 28, 28), dtype
+        compare(title, ConvNet(), loss_fn, *batch)
         steps = {
-            "plain bf16": training_step(plain_net(), plain, n, True),
-            "fast bf16": training_step(ConvNet(), loss_fn, n, True),
-            "fast fp32": training_step(ConvNet(), loss_fn, n, False),
+            "plain": training_step(ConvNet(), loss_fn, *batch, False),
+            "fast": training_step(ConvNet(), loss_fn, *batch, True),
         }
-        rounds("perceptual", steps, n, args.vgg_repeats)
+        if args.compile:
+            compiled = torch.compile(ConvNet()), torch.compile(loss_fn)
+            steps["compiled"] = training_step(*compiled, *batch, False)
+        rounds(title, steps, n, args.seconds)
 
 
 if __name__ == "__main__":
