@@ -61,11 +61,11 @@ class _ReLUDropout(torch.autograd.Function):
 
 
 def run_net(layers: nn.Sequential, images: Tensor) -> Tensor:
-    """`layers(images)`, `layers` being ConvNet's. Dropout's factor 1 / 0.8 moves into the few
-    weights of the next layer."""
+    """`layers(images)`, `layers` being ConvNet's, `images` channels_last. Dropout's factor 1 / 0.8
+    moves into the few weights of the next layer."""
     first, _, second, _, drop1, third, _, drop2, fourth = layers
     scale1, scale2 = (1 / (1 - 0.2) if drop.training else 1.0 for drop in (drop1, drop2))
-    x = _ReLUDropout.apply(first(_nhwc(images)), False)
+    x = _ReLUDropout.apply(first(images), False)
     x = _ReLUDropout.apply(second(x), drop1.training)
     x = F.conv2d(x, third.weight * scale1, third.bias, padding=1)
     x = _ReLUDropout.apply(x, drop2.training)
