@@ -1,10 +1,10 @@
 """The report's two nets, layer for layer, and the first one's closed form."""
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from common import fast_cpu
 from common.metrics import principal_directions
 from common.transforms import reference_transform
 
@@ -53,55 +53,13 @@ def closed_form_(model: FullyConnected, targets: Tensor) -> None:
     second.bias.copy_(slope * (mean - 0.5))
 
 
-DROPOUT = 0.2
-# A mask takes 16 random bits a pixel. Read as a bfloat16 they are at most this number in 13107 of
-# 65536 cases (0.199997), NaNs counted as above, and torch's own backward pass of ReLU then is the
-# one vectorised kernel that compares and selects in a single pass over memory.
-DROP_AT_MOST = float(torch.tensor(0xCC4E - 65536, dtype=torch.int16).view(torch.bfloat16))
-
-
-def _random_bits(like: Tensor) -> Tensor:
-    """Independent random bfloat16 bit patterns in the shape and memory order of `like`, a
-    channels_last CPU tensor. torch's generator gives the seed, so its state decides the bits;
-    numpy's draws eight bytes faster than torch's draws one number for `bernoulli_`."""
-    n, c, h, w = like.shape
-    seed = int(torch.randint(2**63 - 1, ()))
-    words = np.random.SFC64(seed).random_raw((like.numel() + 3) // 4)
-    bits = torch.from_numpy(words).view(torch.bfloat16)[: like.numel()]
-    return bits.view(n, h, w, c).permute(0, 3, 1, 2)
-
-
-class _ReLUDropout(torch.autograd.Function):
-    """In place max(x, 0), then, if drop, zero with probability DROPOUT, without the factor
-    1 / (1 - DROPOUT). What was dropped is zero like what was below zero, so the backward pass is
-    that of ReLU alone and needs no mask."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, drop: bool) -> Tensor:
-        ctx.mark_dirty(x)
-        x.clamp_min_(0)
-        if drop:
-            bits = _random_bits(x).to(x.dtype)
-            torch.ops.aten.threshold_backward.grad_input(x, bits, DROP_AT_MOST, grad_input=x)
-        ctx.save_for_backward(x)
-        return x
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad: Tensor):
-        (x,) = ctx.saved_tensors
-        # In place: the convolution above made this gradient for us alone, and fresh memory costs
-        # more than the arithmetic.
-        return torch.ops.aten.threshold_backward.grad_input(grad, x, 0, grad_input=grad), None
-
-
 class ConvNet(nn.Module):
     """The report's second model (section 2.1): four 4x4 convolutions, 64 channels wide, each
-    taking a pixel off height and width, ReLU after the first three and dropout after the second
+    reducing height and width by one pixel, ReLU after the first three and dropout after the second
     and third; 135,361 weights.
 
-    An output pixel sees 13x13 input pixels, so flip="learned", the report's net, cannot learn to
-    mirror an image; flip="fixed" turns the input around first and leaves the rest to learn.
+    The receptive field of an output pixel is 13x13, so flip="learned", the report's net, cannot
+    learn to mirror an image. flip="fixed" mirrors the input first; the rest can be learned.
     """
 
     def __init__(self, flip: str = "learned") -> None:
@@ -114,10 +72,10 @@ class ConvNet(nn.Module):
             nn.ReLU(),
             nn.Conv2d(64, 64, 4, padding=1),
             nn.ReLU(),
-            nn.Dropout(DROPOUT),
+            nn.Dropout(0.2),
             nn.Conv2d(64, 64, 4, padding=1),
             nn.ReLU(),
-            nn.Dropout(DROPOUT),
+            nn.Dropout(0.2),
             nn.Conv2d(64, 1, 4, padding=1),
         )
 
@@ -125,20 +83,7 @@ class ConvNet(nn.Module):
         """images: (N, 3, H, W) float in [0, 1]. Returns (N, 1, H - 4, W - 4), not clamped."""
         if self.flip == "fixed":
             images = images.flip(2, 3)
-        images = images.contiguous(memory_format=torch.channels_last)
-        if images.device.type != "cpu":
-            return self.layers(images)
-        # The same layers, cheaper on a CPU: see _ReLUDropout. Dropout's factor moves into the
-        # next layer's few weights.
-        first, second, third, fourth = (m for m in self.layers if isinstance(m, nn.Conv2d))
-        scale = 1 / (1 - DROPOUT) if self.training else 1.0
-        x = _ReLUDropout.apply(first(images), False)
-        x = _ReLUDropout.apply(second(x), self.training)
-        x = F.conv2d(x, third.weight * scale, third.bias, padding=1)
-        x = _ReLUDropout.apply(x, self.training)
-        # With one output channel a convolution leaves most of the vector units idle. As a matrix
-        # product it gives every input pixel's 16 contributions, which fold adds up in float32.
-        taps = fourth.weight[0].flatten(1).flip(1) * scale
-        taps = x.permute(0, 2, 3, 1).flatten(1, 2) @ taps.to(x.dtype)
-        size = (x.shape[2] - 1, x.shape[3] - 1)
-        return F.fold(taps.mT.to(fourth.weight.dtype), size, 4, padding=2) + fourth.bias
+        images = images.movedim(-3, -1).contiguous().movedim(-1, -3)  # channels last in memory
+        if fast_cpu.can_run_net(self.layers, images):
+            return fast_cpu.run_net(self.layers, images)
+        return self.layers(images)
