@@ -14,7 +14,7 @@ from setuptools import setup
 from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from common import _build
+from common.fused import _build
 
 force = os.environ.get("FORCE_CUDA")
 cuda = force == "1" or (force != "0" and torch.cuda.is_available() and CUDA_HOME is not None)
@@ -24,7 +24,7 @@ print(f"fused operator: CUDA_HOME={CUDA_HOME} {switches}")
 
 flags = _build.FLAGS + (["-DUSE_CUDA"] if cuda else [])
 extension = (CUDAExtension if cuda else CppExtension)(
-    f"common.{_build.library_name()}",
+    f"common.fused.{_build.library_name()}",
     _build.SOURCES + (_build.CUDA_SOURCES if cuda else []),
     extra_compile_args={"cxx": [*flags, "-fvisibility=hidden"], "nvcc": flags},
     py_limited_api=True,  # without Python.h or libtorch_python
@@ -32,7 +32,7 @@ extension = (CUDAExtension if cuda else CppExtension)(
 setup(
     name="fused-transform",
     version="1.0.0",
-    packages=["common"],
+    packages=["common.fused"],
     ext_modules=[extension],
     cmdclass={"build_ext": BuildExtension.with_options(no_python_abi_suffix=True)},
     options={"build_ext": {"force": True}},  # ninja sees what is new; setuptools not every switch

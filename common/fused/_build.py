@@ -7,7 +7,7 @@ import sys
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ["csrc/fused.cpp", "csrc/fused_cpu.cpp"]
 CUDA_SOURCES = ["csrc/fused_cuda.cu"]
 # libtorch's stable ABI as of 2.11: one library serves that torch and every later one
@@ -26,7 +26,7 @@ def library_name() -> str:
 
 def library() -> Path:
     """The library's path; builds it where it is missing. Raises RuntimeError if that fails."""
-    folder = ROOT / "common"
+    folder = ROOT / "common" / "fused"
     if not (ROOT / "csrc").is_dir():  # installed from a wheel, which has no sources
         found = sorted(folder.glob("_fused_*.so"))
         if not found:

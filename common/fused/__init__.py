@@ -1,0 +1,6 @@
+"""The fused operator, self-contained: `pip install .` installs this package as `fused_transform`."""
+
+from .bands import Bands, stack
+from .operator import FusedTransform, affine, fused_transform, separable_map
+
+__all__ = ["Bands", "FusedTransform", "affine", "fused_transform", "separable_map", "stack"]
