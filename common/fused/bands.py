@@ -78,8 +78,8 @@ class Bands:
         return bool((covered.sum(2) < high - low).any())
 
     def transposed(self) -> "Bands":
-        """The transposed matrices, (size, out): what the gradient needs. The outputs that read a
-        pixel must be neighbours, which holds for every chain of resizes, crops, flips, blurs."""
+        """The transposed matrices, (size, out): what the gradient needs. A window runs from the
+        first to the last output that reads a pixel."""
         taps = torch.arange(self.weight.shape[2], device=CPU)
         read = taps < self.count[..., None]  # (V, out, taps)
         pixel = (self.first[..., None] + taps).where(read, self.size).flatten(1)
@@ -145,13 +145,26 @@ def identity(size: int) -> Bands:
     return Bands(first, torch.ones_like(first), weight, size)
 
 
-def crop(size: int, start: int | Tensor, length: int) -> Bands:
-    """length pixels from `start` on (an int, or int64 (V,)). Pixels outside of the image are 0."""
+def crop(size: int, start: int | Tensor, length: int, mode: str = "constant") -> Bands:
+    """length pixels from `start` on (an int, or int64 (V,)). Beyond the image, by torchvision's
+    padding modes: 0 ("constant"), its last pixel ("edge"), or the image mirrored at its last pixel
+    ("reflect") or behind it ("symmetric")."""
     start = torch.as_tensor(start, device=CPU).view(-1, 1)
-    first = start + torch.arange(length, device=CPU)
-    inside = (first >= 0) & (first < size)
-    weight = inside.to(torch.float64)[..., None]
-    return Bands(first.clamp(0, max(size - 1, 0)), inside.to(torch.int64), weight, size)
+    pixel = start + torch.arange(length, device=CPU)
+    inside = (pixel >= 0) & (pixel < size)
+    if mode == "constant":
+        weight = inside.to(torch.float64)[..., None]
+        return Bands(pixel.clamp(0, size - 1), inside.to(torch.int64), weight, size)
+    if mode == "edge":
+        pixel = pixel.clamp(0, size - 1)
+    else:
+        shift = 1 if mode == "symmetric" else 0
+        pixel = torch.where(pixel < 0, -pixel - shift, pixel)
+        pixel = torch.where(pixel >= size, 2 * (size - 1) + shift - pixel, pixel)
+        if bool(((pixel < 0) | (pixel >= size)).any()):
+            raise ValueError(f"padding by mode {mode!r} must be smaller than the image: {size} pixels")
+    one = torch.ones_like(pixel)
+    return Bands(pixel, one, one.to(torch.float64)[..., None], size)
 
 
 def resize(
