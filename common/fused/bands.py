@@ -203,6 +203,17 @@ def resize(
     return Bands(first, count, weight.to(torch.float64), size)
 
 
+def quantized(bands: Bands, bits: int) -> Bands:
+    """The weights of a resize of uint8, rounded to multiples of the power of 2 that leaves the
+    largest `bits` bits, at least 2**-22: 15 in torch; Pillow's are multiples of 2**-22 (bits=30).
+    """
+    largest = bands.weight.amax((1, 2), keepdim=True).clamp(min=2.0**-22)
+    unit = torch.exp2(((2**bits - 0.5) / largest).log2().ceil().sub(1).clamp(max=22))
+    weight = bands.weight * unit
+    weight = (weight.abs() + 0.5).floor() * weight.sign() / unit
+    return Bands(bands.first, bands.count, weight, bands.size)
+
+
 def _antialiased(length, scale, output, mode, dtype) -> tuple[Tensor, Tensor, Tensor]:
     """A filter of the width of one output pixel (at least one input pixel), cut at the border and
     normalised. Pillow's, and so with a = -0.5 for bicubic."""

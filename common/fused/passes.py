@@ -1,5 +1,6 @@
 """What a chain of linear steps does to an image, gathered into passes of the operator."""
 
+import platform
 from dataclasses import dataclass
 
 import torch
@@ -9,7 +10,9 @@ from . import bands as b
 from .bands import CPU, Bands
 from .operator import affine
 
-FLOOR = -0.5 + 5e-5  # rounding to nearest rounds down: gray levels are multiples of 1e-4 apart
+# added before rounding to nearest, ties to even: to round down (gray levels are multiples of 1e-4),
+# and to round ties up
+FLOOR, HALF_UP = -0.5 + 5e-5, 2e-5
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,7 +43,6 @@ class Passes:
         self.pure = pure  # a plain tensor, no tv_tensor
         self.result: type | None = None  # of the output; None: that of the input
         self.roundings = 0  # how often torchvision rounds uint8 on the way
-        self.sizes: list[tuple[int, int]] = []
         self.done: list[Pass] = []
         self._begin(dtype)
 
@@ -51,7 +53,7 @@ class Passes:
         self.mix = torch.eye(self.channels, dtype=torch.float64, device=CPU)
         self.bias = torch.zeros(self.channels, dtype=torch.float64, device=CPU)
         self.low = self.high = None  # (channels,): where the result is to be clamped
-        self.touched = self.sparse = self.rounds = self.floors = False
+        self.touched = self.sparse = self.rounds = self.floors = self.half_up = False
 
     def finish(self, dtype: torch.dtype) -> None:
         """Ends the pass; its result is of this dtype."""
@@ -61,7 +63,9 @@ class Passes:
         rows, columns = (
             bands or b.identity(n) for bands, n in zip(self.axes, sizes, strict=True)
         )
-        bias = self.bias + (FLOOR if self.floors and dtype == torch.uint8 else 0)
+        bias = self.bias
+        if dtype == torch.uint8:
+            bias = bias + (FLOOR if self.floors else HALF_UP if self.half_up else 0)
         plain = self.low is None and not bool(bias.any())
         table = None if plain else affine(len(self.mix), bias, self.low, self.high)
         self.done.append(Pass(rows, columns, self.mix, table, *self.index, dtype))
@@ -143,34 +147,35 @@ class Passes:
             self._each(axis)
             self.axes[axis] = self.axes[axis].flipped_where(mask)
 
-    def resize(self, height, width, mode, antialias, *, native=True, boxes=None) -> None:
-        """native: torchvision resizes uint8 as such, rounded and clamped after each axis; without,
-        as float32. boxes: (top, left, height, width), int64 (items,) each: what to resize."""
-        old = self.height, self.width
-        self.height, self.width = height, width
-        self.sizes.append((height, width))
-        if boxes is None and old == (height, width):
+    def resize(self, height, width, mode, antialias, *, boxes=None, native=True) -> None:
+        """boxes: (top, left, height, width), int64 (items,) each: what to resize. native: False
+        where torchvision resizes uint8 as float32, rounded once."""
+        old, new = (self.height, self.width), (height, width)
+        if boxes is None and old == new:
             return
         self._round()
         levels = self.dtype == torch.uint8
+        native &= levels and (self.pil or _resizes_uint8(mode))
         clamps = levels and mode == "bicubic"
         if clamps and native:
             self.roundings += 1  # never in one pass
-        wide = self.dtype == torch.float64 or (levels and native)
-        dtype = torch.float64 if wide else torch.float32
-        top, left, tall, broad = boxes or [None] * 4
+        dtype = torch.float64 if self.dtype == torch.float64 or native else torch.float32
+        starts, lengths = (boxes[:2], boxes[2:]) if boxes else ((None, None), (None, None))
         make = [
-            b.resize(old[0], height, mode, antialias, dtype, start=top, length=tall),
-            b.resize(old[1], width, mode, antialias, dtype, start=left, length=broad),
+            b.resize(old[a], new[a], mode, antialias, dtype, start=starts[a], length=lengths[a])
+            for a in range(2)
         ]
-        if levels and native and self.exact and old[0] != height and old[1] != width:
-            self._blend(b.identity(old[0]), make[1])  # torch resizes the rows first
-            self.height = old[0]
-            self.finish(torch.uint8)
-            self.height, make[1] = height, b.identity(width)
-            self.rounds = True
+        if native and self.exact:
+            make = [b.quantized(bands, 30 if self.pil else 15) for bands in make]
+            if old[0] != height and old[1] != width:
+                self._blend(b.identity(old[0]), make[1])  # torch resizes the rows first
+                self.width, make[1] = width, b.identity(width)
+                self.half_up = True
+                self.finish(torch.uint8)
+            self.rounds = self.half_up = True
         self._blend(*make)
-        self.sparse |= not antialias and self.dtype != torch.uint8
+        self.height, self.width = new
+        self.sparse |= not antialias and not levels
         if clamps:
             self.low = torch.zeros(len(self.mix), dtype=torch.float64, device=CPU)
             self.high = self.low + 255
@@ -221,3 +226,9 @@ class Passes:
                 self.scale(1 / 255, 0)
         self.touched |= dtype != self.dtype
         self.dtype = dtype
+
+
+def _resizes_uint8(mode: str) -> bool:
+    """Whether torchvision resizes uint8 tensors on this CPU as such, not as float32."""
+    arm = platform.machine() in ("aarch64", "arm64")
+    return mode == "bicubic" or arm or torch.backends.cpu.get_cpu_capability() != "DEFAULT"
