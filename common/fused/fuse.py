@@ -107,7 +107,7 @@ class Fused(nn.Module):
         for image, recipe in zip(images, recipes, strict=True):
             passes = recipe.passes
             if passes is None:
-                done = self._run(_spec(image), params, recipe.exact)
+                done = _aside(self._run, _spec(image), params, recipe.exact)
                 passes = done.done
             x = image
             if isinstance(x, PIL.Image.Image):

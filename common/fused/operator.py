@@ -181,8 +181,16 @@ def _no_kernel(images: Tensor) -> RuntimeError | None:
 
 
 def _aside(function, *arguments):
-    """function(*arguments) in a thread of its own, which has none of this thread's modes: what is
-    kept must not be a fake tensor, an inference tensor or one of a functorch level."""
+    """function(*arguments) without this thread's modes, in a thread of its own where there are any:
+    what is kept must not be a fake tensor, an inference tensor or one of a functorch level."""
+    if not (
+        torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or torch._C._get_tracing_state() is not None
+    ):
+        with torch.inference_mode(False):
+            return function(*arguments)
     result = []
 
     def run() -> None:
