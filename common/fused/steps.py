@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import nn
@@ -185,10 +186,10 @@ def _random_crop(transform) -> Step:
     def apply(passes: Passes, params) -> None:
         left, top, *_ = params[0]["padding"] if params else (0, 0)
         fill = transform._fill.get("others") if mode == "constant" else None
-        fill = torch.tensor(fill or 0.0, dtype=torch.float64, device="cpu")
+        fill = [fill or 0.0] if isinstance(fill, (int, float, type(None))) else list(fill)
         if passes.dtype == torch.uint8:
-            fill = fill.trunc()
-        if fill.dim() and len(fill) not in (1, passes.channels):
+            fill = [float(int(x)) for x in fill]
+        if len(fill) not in (1, passes.channels):
             raise ValueError(f"{len(fill)} fill values do not fit {passes.channels} channels")
         tops, lefts = (
             torch.tensor([p[key] - pad for p in params or [{key: 0}]], device="cpu")
@@ -209,7 +210,7 @@ def _random_resized_crop(transform) -> Step:
         boxes = torch.tensor(
             [[p[key] for p in params or [whole]] for key in whole], device="cpu"
         )
-        _resize_to(passes, transform.size, mode, antialias, boxes=tuple(boxes))
+        _resize_to(passes, transform.size, mode, antialias, boxes=boxes)
 
     return Step("", apply, _box_maker(transform), sized=True)
 
@@ -310,9 +311,16 @@ def _normalize_by(passes: Passes, mean, std) -> None:
     for values, name in ((mean, "mean"), (std, "std")):
         if len(values) not in (1, passes.channels):
             raise ValueError(f"{name} of length {len(values)}, but {passes.channels} channels")
-    # torchvision rounds both to the dtype of the images
-    mean, std = (torch.tensor(x, dtype=passes.dtype, device="cpu").double() for x in (mean, std))
-    passes.scale(1 / std, -mean / std)
+    mean, std = (_rounded(tuple(values), passes.dtype) for values in (mean, std))
+    n = max(len(mean), len(std))
+    mean, std = (x * n if len(x) == 1 else x for x in (mean, std))
+    passes.scale([1 / s for s in std], [-m / s for m, s in zip(mean, std, strict=True)])
+
+
+@lru_cache(maxsize=64)
+def _rounded(values: tuple[float, ...], dtype: torch.dtype) -> list[float]:
+    """torchvision rounds mean and std to the dtype of the images."""
+    return torch.tensor(values, dtype=dtype, device="cpu").tolist()
 
 
 def _fused_transform(transform) -> Step:
