@@ -8,6 +8,7 @@ NaN spreads (aten/src/ATen/native/cpu/UpSampleKernel.cpp, aten/src/ATen/native/U
 
 import math
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
@@ -43,6 +44,10 @@ class Bands:
 
     def flipped(self) -> "Bands":
         """The same, then a flip of the result."""
+        return self._flipped
+
+    @cached_property
+    def _flipped(self) -> "Bands":
         return Bands(self.first.flip(1), self.count.flip(1), self.weight.flip(1), self.size)
 
     def select(self, index: Tensor) -> "Bands":
@@ -139,6 +144,7 @@ def stack(bands: list[Bands]) -> Bands:
     return Bands(first, torch.cat([b.count for b in bands]), torch.cat(weight), bands[0].size)
 
 
+@lru_cache(maxsize=512)
 def identity(size: int) -> Bands:
     first = torch.arange(size, device=CPU)[None]
     weight = torch.ones(1, size, 1, dtype=torch.float64, device=CPU)
@@ -186,7 +192,16 @@ def resize(
     if mode not in ("bilinear", "bicubic"):
         raise ValueError(f"no bands for mode {mode!r}: it must be 'bilinear' or 'bicubic'")
     if length is None:
-        length = torch.tensor([size], device=CPU)
+        return _whole(size, out, mode, antialias, dtype)
+    return _resize(size, out, mode, antialias, dtype, start, length)
+
+
+@lru_cache(maxsize=512)  # a random crop of one image is a resize of a view: the sizes come again
+def _whole(size, out, mode, antialias, dtype) -> Bands:
+    return _resize(size, out, mode, antialias, dtype, None, torch.tensor([size], device=CPU))
+
+
+def _resize(size, out, mode, antialias, dtype, start, length) -> Bands:
     length = length[:, None]
     scale = length.to(dtype) / out  # (V, 1)
     make = _antialiased if antialias else _interpolated

@@ -220,13 +220,16 @@ def _items(image) -> int:
 
 
 def _apply(each: Pass, x: Tensor, items: int) -> Tensor:
+    if each.box is not None:
+        top, left, height, width = each.box
+        x = x[..., top : top + height, left : left + width]
     indices = each.row_index, each.column_index
     if indices == (None, None):
         return separable_map(x, each.rows, each.columns, each.mix, each.table, dtype=each.dtype)
     flat = x if x.dim() == 4 else x.flatten(0, -4)
-    repeats = len(flat) // items if items else 1
+    repeats = len(flat) // max(items, 1)
     row_index, column_index = (
-        None if i is None else i.repeat_interleave(repeats).to(x.device) for i in indices
+        None if i is None else i[:items].repeat_interleave(repeats).to(x.device) for i in indices
     )
     out = separable_map(
         flat,

@@ -19,7 +19,7 @@ FLOOR, HALF_UP = -0.5 + 5e-5, 2e-5
 
 @dataclass(frozen=True, eq=False)
 class Pass:
-    """The arguments of one `separable_map`."""
+    """The arguments of one `separable_map`; box: the part of the images that it sees."""
 
     rows: Bands
     columns: Bands
@@ -28,6 +28,7 @@ class Pass:
     row_index: Tensor | None
     column_index: Tensor | None
     dtype: torch.dtype
+    box: tuple[int, int, int, int] | None  # top, left, height, width
 
 
 class Passes:
@@ -52,6 +53,7 @@ class Passes:
         self.source = source  # dtype of what the pass reads
         self.axes: list[Bands | None] = [None, None]  # rows, columns; None: as they are
         self.index: list[Tensor | None] = [None, None]  # which variant each item takes
+        self.box: tuple[int, int, int, int] | None = None
         # of the channels, as numbers: a chain that draws is built for each call
         n = self.channels
         self.mix = [[float(i == j) for j in range(n)] for i in range(n)]
@@ -72,7 +74,7 @@ class Passes:
             round_by = FLOOR if self.floors else HALF_UP if self.half_up else 0.0
         bias = tuple(x + round_by for x in self.bias)
         mix, table = _tables(tuple(map(tuple, self.mix)), bias, self.clamp and tuple(self.clamp))
-        self.done.append(Pass(rows, columns, mix, table, *self.index, dtype))
+        self.done.append(Pass(rows, columns, mix, table, *self.index, dtype, self.box))
         self._begin(dtype)
 
     # along the axes
@@ -114,8 +116,16 @@ class Passes:
     def crop(self, top, left, height: int, width: int, fill=(0.0,), mode="constant") -> None:
         """top, left: ints, or int64 (items,). Beyond the image lies `fill` (one value, or one for
         each channel), or the image continued as mode says."""
-        fill = list(fill)
         old = self.height, self.width
+        if isinstance(top, int) and isinstance(left, int):
+            inside = top >= 0 and left >= 0 and top + height <= old[0] and left + width <= old[1]
+            if inside and self.axes == [None, None]:  # a view of the images, whatever their strides
+                shift = self.box or (0, 0)
+                self.box = shift[0] + top, shift[1] + left, height, width
+                self.height, self.width = height, width
+                self.touched = True
+                return
+        fill = list(fill)
         boxes = [torch.as_tensor(start, device=CPU) for start in (top, left)]
         outside = any(
             bool((start < 0).any() or (start + length > size).any())
@@ -135,11 +145,8 @@ class Passes:
             self.scale([1.0], fill)
 
     def flip(self, axis: int, mask: Tensor | None = None) -> None:
-        """axis: 0 flips upside down, 1 left to right. mask: bool (items,), which items."""
-        if mask is not None and len(mask) == 1:
-            if not bool(mask):
-                return
-            mask = None
+        """axis: 0 flips upside down, 1 left to right. mask: bool (items,), which items,
+        more than one."""
         self.touched = True
         bands = self.axes[axis] or b.identity((self.height, self.width)[axis])
         if mask is None:

@@ -192,7 +192,7 @@ def _random_crop(transform) -> Step:
         if len(fill) not in (1, passes.channels):
             raise ValueError(f"{len(fill)} fill values do not fit {passes.channels} channels")
         tops, lefts = (
-            torch.tensor([p[key] - pad for p in params or [{key: 0}]], device="cpu")
+            _of([p[key] - pad for p in params or [{key: 0}]])
             for key, pad in (("top", top), ("left", left))
         )
         passes.crop(tops, lefts, height, width, fill, mode)
@@ -206,10 +206,12 @@ def _random_resized_crop(transform) -> Step:
     mode, antialias = _mode(transform.interpolation), bool(transform.antialias)
 
     def apply(passes: Passes, params) -> None:
+        if params and len(params) == 1:
+            passes.crop(**params[0])
+            _resize_to(passes, transform.size, mode, antialias)
+            return
         whole = {"top": 0, "left": 0, "height": passes.height, "width": passes.width}
-        boxes = torch.tensor(
-            [[p[key] for p in params or [whole]] for key in whole], device="cpu"
-        )
+        boxes = torch.tensor([[p[key] for p in params or [whole]] for key in whole], device="cpu")
         _resize_to(passes, transform.size, mode, antialias, boxes=boxes)
 
     return Step("", apply, _box_maker(transform), sized=True)
@@ -243,6 +245,11 @@ def _box_maker(transform) -> Callable:
     return draw
 
 
+def _of(numbers: list[int]) -> int | torch.Tensor:
+    """A number for one item, or one for each."""
+    return numbers[0] if len(numbers) == 1 else torch.tensor(numbers, device="cpu")
+
+
 def _maker(transform) -> Callable:
     """The transform's own draw, for an image of a size."""
 
@@ -255,7 +262,10 @@ def _maker(transform) -> Callable:
 def _random_flip(axis: int) -> Callable:
     def make(transform) -> Step:
         def apply(passes: Passes, params) -> None:
-            passes.flip(axis, torch.tensor(params or [False], device="cpu"))
+            if params is None or len(params) != 1:
+                passes.flip(axis, torch.tensor(params or [False, True], device="cpu"))
+            elif params[0]:
+                passes.flip(axis)
 
         def draw(_height: int, _width: int) -> bool:
             return not bool(torch.rand(1) >= transform.p)
