@@ -1,6 +1,16 @@
 """The fused operator, self-contained: `pip install .` installs this package as `fused_transform`."""
 
 from .bands import Bands, stack
+from .fuse import NotFusable, fuse
 from .operator import FusedTransform, affine, fused_transform, separable_map
 
-__all__ = ["Bands", "FusedTransform", "affine", "fused_transform", "separable_map", "stack"]
+__all__ = [
+    "Bands",
+    "FusedTransform",
+    "NotFusable",
+    "affine",
+    "fuse",
+    "fused_transform",
+    "separable_map",
+    "stack",
+]

@@ -266,7 +266,7 @@ def _chain_plan(h, w, height, width, hflip, vflip, wide, device) -> _Plan:
     dtype = torch.float64 if wide else torch.float32
 
     def axis(size: int, out: int, flip: bool | None) -> Bands:
-        bands = resize(size, out, dtype)
+        bands = resize(size, out, dtype=dtype)
         if flip is None:
             return stack([bands, bands.flipped()])
         return bands.flipped() if flip else bands

@@ -1,0 +1,258 @@
+"""fuse(chain): a chain of torchvision transforms as one pass over the images."""
+
+from dataclasses import dataclass
+
+import PIL.Image
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
+from torchvision import tv_tensors
+from torchvision.transforms.v2 import functional as F
+
+from .operator import FLOATS, _aside, separable_map
+from .passes import Pass, Passes
+from .steps import NotFusable, Step, steps_of
+
+__all__ = ["NotFusable", "fuse"]
+KEPT = 64  # image sizes whose passes a module keeps
+
+
+def fuse(chain) -> nn.Module:
+    """A module that gives what the chain gives, in one pass over the images.
+
+    chain: a v2.Compose, nn.Sequential or list of transforms, or one transform: ToImage,
+    PILToTensor, ToPureTensor, ToDtype, Resize (bilinear, bicubic), CenterCrop, RandomCrop,
+    RandomResizedCrop, RandomHorizontalFlip, RandomVerticalFlip, v2.functional.hflip and vflip,
+    Grayscale, GaussianBlur with a fixed sigma, Normalize, Identity, FusedTransform, and
+    `weights.transforms()` of torchvision's classification models. Raises NotFusable (a ValueError)
+    for anything else, naming the step and the reason.
+
+    The module takes what the chain takes: (..., C, H, W) tensors, tv_tensors.Image and Video, PIL
+    images (RGB, L), uint8 or float; or a sample such as (image, label) or a dict, whose other parts
+    pass through. Types and dtypes are the chain's. Boxes, masks and keypoints are refused.
+
+    Random transforms: each item along the first dimension of a batch draws its own parameters (of
+    images beyond (C, H, W), of videos beyond (T, C, H, W)), from torch's generator in the order of
+    a loop: with one seed, fuse(chain)(batch) equals stack([chain(x) for x in batch]). Images of one
+    sample share them.
+
+    Float images: within 1e-6 of the chain's largest value (half precision: torchvision rounds
+    between the steps, this does not). uint8 images: exact where torchvision does not round between
+    the steps, within one level where it does. Where it rounds more than once (Resize and Grayscale
+    before ToDtype, or a bicubic Resize, which it also clamps between the axes), each rounding is a
+    pass of its own: with ToDtype before them the chain is one pass.
+    """
+    return Fused(chain)
+
+
+@dataclass(frozen=True, eq=False)
+class _Recipe:
+    """What the chain does to images of one kind, dtype and size."""
+
+    draws: list[tuple[int, int, int]]  # the steps that draw, and the size of their image
+    passes: list[Pass] | None  # None: they depend on what is drawn
+    exact: bool
+    result: type | None  # None: as the input
+    pil: bool  # the result is a PIL image
+
+
+class Fused(nn.Module):
+    """See `fuse`."""
+
+    def __init__(self, chain) -> None:
+        super().__init__()
+        self.__setstate__({**self.__dict__, "fused_chain": chain})
+
+    def __getstate__(self) -> dict:
+        return {k: v for k, v in self.__dict__.items() if k not in ("_steps", "_recipes")}
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        self._steps: list[Step] = steps_of(self.fused_chain)
+        self._recipes: dict[tuple, _Recipe] = {}
+
+    def extra_repr(self) -> str:
+        lines = [step.name for step in self._steps]
+        for (pil, _, dtype, shape), recipe in list(self._recipes.items())[-3:]:
+            what = "PIL" if pil else str(dtype).removeprefix("torch.")
+            passes = recipe.passes
+            how = "bands drawn for each call" if passes is None else " -> ".join(map(_show, passes))
+            lines.append(f"{what} {'x'.join(map(str, shape))}: {how or 'unchanged'}")
+        return "\n".join(lines)
+
+    def forward(self, *inputs):
+        sample = inputs if len(inputs) > 1 else inputs[0]
+        if isinstance(sample, (Tensor, PIL.Image.Image)):
+            return self._images([sample])[0]
+        flat, spec = tree_flatten(sample)
+        chosen = _images_of(flat)
+        plain = [x for x in flat if isinstance(x, Tensor) and x.dim() > 2]
+        if isinstance(sample, list) and len(chosen) == 1 and len(flat) == len(plain) > 1:
+            raise TypeError(
+                "fuse: of a list of plain tensors torchvision transforms only the first: stack "
+                "them, or make each a tv_tensors.Image"
+            )
+        results = self._images([flat[i] for i in chosen])
+        for i, result in zip(chosen, results, strict=True):
+            flat[i] = result
+        return tree_unflatten(flat, spec)
+
+    def _images(self, images: list) -> list:
+        """All images of one sample, with the same random parameters."""
+        recipes = [self._recipe(_spec(image)) for image in images]
+        params = None
+        if recipes[0].draws:
+            params, items = self._draw(images, recipes)
+        results = []
+        for image, recipe in zip(images, recipes, strict=True):
+            passes = recipe.passes
+            if passes is None:
+                done = self._run(_spec(image), params, recipe.exact)
+                passes = done.done
+            x = image
+            if isinstance(x, PIL.Image.Image):
+                x = F.pil_to_tensor(x)
+            elif type(x) is not Tensor:
+                x = x.as_subclass(Tensor)
+            for each in passes:
+                x = _apply(each, x, items if params else 1)
+            results.append(_wrap(x, image, recipe))
+        return results
+
+    def _draw(self, images: list, recipes: list[_Recipe]) -> tuple[list[list], int]:
+        """The parameters of each step that draws, one for each item; and the number of items."""
+        items = {_items(image) for image in images}
+        sizes = {
+            tuple(size for size in r.draws if self._steps[size[0]].sized) for r in recipes
+        }
+        if len(items) > 1 or len(sizes) > 1:
+            raise ValueError(
+                "fuse: the images of a sample share their random parameters, so they must agree in "
+                "number and size: " + ", ".join(str(_spec(x)[3]) for x in images)
+            )
+        items, draws = items.pop(), recipes[0].draws
+        steps = [self._steps[i] for i, _, _ in draws]
+        if all(step.probability is not None for step in steps):
+            chances = torch.tensor([step.probability for step in steps])
+            # the numbers that a loop of torch.rand(1) draws
+            return (torch.rand(items, len(steps)) < chances).T.tolist(), items
+        params = [[] for _ in steps]
+        for _ in range(items):
+            for drawn, step, (_, height, width) in zip(params, steps, draws, strict=True):
+                drawn.append(step.draw(height, width))
+        return params, items
+
+    def _recipe(self, spec: tuple) -> _Recipe:
+        recipe = self._recipes.get(spec)
+        if recipe is None:
+            recipe = _aside(self._trace, spec)
+            if len(self._recipes) >= KEPT:
+                self._recipes.pop(next(iter(self._recipes)), None)
+            self._recipes[spec] = recipe
+        return recipe
+
+    def _trace(self, spec: tuple) -> _Recipe:
+        _check(spec)
+        draws: list[tuple[int, int, int]] = []
+        passes = self._run(spec, None, False, draws)
+        exact = passes.roundings > 1
+        fixed = all(self._steps[i].fixed for i, _, _ in draws)
+        if fixed and exact:
+            passes = self._run(spec, None, True)
+        return _Recipe(draws, passes.done if fixed else None, exact, passes.result, passes.pil)
+
+    def _run(self, spec: tuple, params, exact: bool, draws: list | None = None) -> Passes:
+        """The passes of images of this spec, with these parameters of the steps that draw; notes
+        in `draws` which do."""
+        passes = Passes(*spec, exact)
+        drawn = iter(params or [])
+        for i, step in enumerate(self._steps):
+            if step.draw is not None and draws is not None:
+                draws.append((i, passes.height, passes.width))
+            try:
+                step.apply(passes, next(drawn, None) if step.draw is not None else None)
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"{step.name}: {error}") from None
+        passes.finish(passes.dtype)
+        return passes
+
+
+def _images_of(flat: list) -> list[int]:
+    """Which parts of a sample v2 transforms take for images."""
+    refused = tv_tensors.BoundingBoxes, tv_tensors.KeyPoints, tv_tensors.Mask
+    for x in flat:
+        if isinstance(x, refused):
+            raise TypeError(f"fuse: a sample with {type(x).__name__} cannot be fused: images only")
+    chosen = [
+        i
+        for i, x in enumerate(flat)
+        if isinstance(x, (tv_tensors.Image, tv_tensors.Video, PIL.Image.Image))
+    ]
+    if not chosen:
+        chosen = [i for i, x in enumerate(flat) if isinstance(x, Tensor)][:1]
+    if not chosen:
+        raise TypeError("fuse: there is no image in the sample")
+    return chosen
+
+
+def _spec(image) -> tuple[bool, bool, torch.dtype, tuple[int, ...]]:
+    """What a recipe depends on: a PIL image or not, a plain tensor or not, dtype, (C, H, W)."""
+    if isinstance(image, Tensor):
+        return False, not isinstance(image, tv_tensors.TVTensor), image.dtype, image.shape[-3:]
+    if image.mode not in ("RGB", "L"):
+        raise TypeError(f"fuse: PIL images must be of mode RGB or L, not {image.mode}")
+    return True, False, torch.uint8, (len(image.getbands()), image.height, image.width)
+
+
+def _check(spec: tuple) -> None:
+    pil, _, dtype, shape = spec
+    if dtype not in (torch.uint8, *FLOATS):
+        raise TypeError(f"fuse: images must be uint8 or float, not {dtype}")
+    if len(shape) < 3 or min(shape) < 1:
+        raise ValueError(f"fuse: images must be (..., C, H, W), none of them 0: {tuple(shape)}")
+
+
+def _items(image) -> int:
+    if not isinstance(image, Tensor):
+        return 1
+    own = 4 if isinstance(image, tv_tensors.Video) else 3
+    return image.shape[0] if image.dim() > own else 1
+
+
+def _apply(each: Pass, x: Tensor, items: int) -> Tensor:
+    indices = each.row_index, each.column_index
+    if indices == (None, None):
+        return separable_map(x, each.rows, each.columns, each.mix, each.table, dtype=each.dtype)
+    flat = x if x.dim() == 4 else x.flatten(0, -4)
+    repeats = len(flat) // items if items else 1
+    row_index, column_index = (
+        None if i is None else i.repeat_interleave(repeats).to(x.device) for i in indices
+    )
+    out = separable_map(
+        flat,
+        each.rows,
+        each.columns,
+        each.mix,
+        each.table,
+        row_index=row_index,
+        column_index=column_index,
+        dtype=each.dtype,
+    )
+    return out if x.dim() == 4 else out.unflatten(0, x.shape[:-3])
+
+
+def _wrap(x: Tensor, image, recipe: _Recipe):
+    """x as the type that the chain gives for this image."""
+    if recipe.pil:
+        return F.to_pil_image(x)
+    if recipe.result is None:
+        return tv_tensors.wrap(x, like=image) if isinstance(image, tv_tensors.TVTensor) else x
+    return x if recipe.result is Tensor else x.as_subclass(recipe.result)
+
+
+def _show(each: Pass) -> str:
+    def axis(bands) -> str:
+        return f"{bands.size}->{bands.out} ({bands.weight.shape[2]} taps)"
+
+    dtype = str(each.dtype).removeprefix("torch.")
+    return f"{axis(each.rows)} x {axis(each.columns)}, {tuple(each.mix.shape)[0]} channels {dtype}"

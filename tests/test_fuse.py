@@ -1,0 +1,159 @@
+"""fuse(chain) against torchvision, step by step, over random chains."""
+
+import copy
+import pickle
+import random
+
+import PIL.Image
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+from torchvision import models, tv_tensors
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as F
+
+from common.fused import FusedTransform, NotFusable, fuse
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+CHAINS = 1000
+
+
+def images(*shape, dtype=torch.uint8, seed=0):
+    x = torch.rand(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return (x * 256).to(dtype) if dtype == torch.uint8 else x.to(dtype)
+
+
+def channels_last(x):
+    """On the default layout torch's antialiased resize to a width of 1 returns one row for all."""
+    if x.dim() == 3:
+        return x.permute(1, 2, 0).contiguous().permute(2, 0, 1)
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def step_by_step(chain, x):
+    for transform in chain:
+        single = x.shape[-3] == 1  # has no layout of its own: resized as three channels
+        wide = channels_last(x.repeat_interleave(3, -3)) if single else channels_last(x)
+        if isinstance(transform, v2.Resize):
+            y = transform(wide)
+        elif isinstance(transform, v2.RandomResizedCrop):
+            box = transform.make_params([x])
+            y = F.resize(
+                channels_last(F.crop(wide, **box)),
+                transform.size,
+                transform.interpolation,
+                antialias=transform.antialias,
+            )
+        else:
+            x = transform(channels_last(x))
+            continue
+        x = tv_tensors.wrap(y[..., :1, :, :] if single else y, like=x) if isinstance(x, tv_tensors.TVTensor) else y[..., :1, :, :] if single else y
+    return x
+
+
+def random_chain(rng, shape, dtype):
+    """A chain that torchvision accepts for these images. Returns (chain, level): one level of
+    uint8 in the result, or 0 where torchvision rounds no uint8 on the way."""
+    channels, h, w = shape
+    size = lambda: rng.choice([rng.randint(1, 40), rng.randint(1, 12), rng.randint(1, 120)])  # noqa: E731
+    chain, rounded, scale = [], False, 1.0
+    if rng.random() < 0.5:
+        chain.append(v2.ToImage())
+    for _ in range(rng.randint(0, 4)):
+        kind = rng.randrange(9)
+        if kind == 0:
+            mode, antialias = rng.choice(["bilinear", "bicubic"]), rng.random() < 0.7
+            if rng.random() < 0.5:
+                new = (size(), size())
+                chain.append(v2.Resize(new, interpolation=mode, antialias=antialias))
+            else:
+                short = rng.randint(1, 60)
+                chain.append(v2.Resize(short, interpolation=mode, antialias=antialias))
+                new = tuple(F.resize(torch.zeros(1, h, w), [short]).shape[-2:])
+                if max(new) > 1500:
+                    chain.pop()
+                    continue
+            rounded |= dtype == torch.uint8 and new != (h, w)
+            h, w = new
+        elif kind == 1:
+            h, w = size(), size()
+            chain.append(v2.CenterCrop((h, w)))
+        elif kind == 2:
+            new = size(), size()
+            padding = rng.choice([None, 2, (1, 0, 3, 2)])
+            mode = rng.choice(["constant", "constant", "edge", "reflect", "symmetric"])
+            fill = rng.choice([0, 0, 7]) if dtype == torch.uint8 else rng.choice([0, 0, 0.3])
+            if mode != "constant":
+                padding, needed = 1, False
+                if min(h, w) < 2 or new[0] > h + 2 or new[1] > w + 2:
+                    continue
+            else:
+                needed = True
+            chain.append(v2.RandomCrop(new, padding, needed, fill, mode))
+            h, w = new
+        elif kind == 3:
+            h, w = size(), size()
+            mode, antialias = rng.choice(["bilinear", "bicubic"]), rng.random() < 0.8
+            chain.append(v2.RandomResizedCrop((h, w), interpolation=mode, antialias=antialias))
+            rounded |= dtype == torch.uint8
+        elif kind == 4:
+            chain.append(rng.choice([v2.RandomHorizontalFlip(), F.hflip, v2.RandomHorizontalFlip(0.9)]))
+        elif kind == 5:
+            chain.append(rng.choice([v2.RandomVerticalFlip(), F.vflip]))
+        elif kind == 6:
+            chain.append(v2.Grayscale(rng.choice([1, 3])))
+            rounded |= dtype == torch.uint8 and channels == 3
+            channels = chain[-1].num_output_channels
+        elif kind == 7:
+            kernel = rng.choice([1, 3, 5]), rng.choice([1, 3, 5])
+            if kernel[0] // 2 < w and kernel[1] // 2 < h:
+                chain.append(v2.GaussianBlur(kernel, rng.uniform(0.3, 2)))
+                rounded |= dtype == torch.uint8
+        elif dtype == torch.uint8:
+            scaled = rng.random() < 0.8
+            dtype, scale = torch.float32, 1 / 255 if scaled else 1.0
+            chain.append(v2.ToDtype(dtype, scale=scaled))
+        else:
+            mean = [rng.random() for _ in range(channels)]
+            std = [rng.uniform(0.2, 1) for _ in range(channels)]
+            chain.append(v2.Normalize(mean, std))
+            scale /= min(std)
+    return chain or [v2.Identity()], scale * rounded
+
+
+def draw(i):
+    rng = random.Random(i)
+    side = lambda: rng.choice([rng.randint(1, 20), rng.randint(1, 60), rng.randint(1, 150)])  # noqa: E731
+    shape = rng.choice([1, 3]), side(), side()
+    if i % 100 == 0:
+        shape = rng.choice([1, 3]), rng.randint(200, 500), rng.randint(200, 500)
+    dtype = rng.choice([torch.uint8, torch.uint8, torch.float32, torch.float32, torch.float64])
+    batch = rng.choice([(), (1,), (3,)])
+    chain, level = random_chain(rng, shape, dtype)
+    return chain, level, images(*batch, *shape, dtype=dtype, seed=i)
+
+
+@pytest.mark.parametrize("part", range(20))
+def test_random_chains_equal_torchvision(part):
+    for i in range(part, CHAINS, 20):
+        chain, level, x = draw(i)
+        fused = fuse(chain)
+        torch.manual_seed(i)
+        if x.dim() == 3:
+            expected = step_by_step(chain, x)
+        else:
+            expected = torch.stack([step_by_step(chain, one) for one in x])
+        state = torch.get_rng_state()
+        torch.manual_seed(i)
+        actual = fused(x)
+        note = f"chain {i}: {tuple(x.shape)} {x.dtype} {chain}"
+        assert torch.equal(torch.get_rng_state(), state), note
+        assert actual.shape == expected.shape, note
+        assert actual.dtype == expected.dtype, note
+        difference = (actual.double() - expected.double()).abs().max().item()
+        unit = 1e-13 if x.dtype == torch.float64 else 1e-6
+        exact = 0 if expected.dtype == torch.uint8 else unit * max(expected.abs().max().item(), 1)
+        # where torchvision rounds, its weights have 14 bits and more: 0.05 of a level
+        allowed = max(exact, level * (1 if expected.dtype == torch.uint8 else 1.05))
+        assert difference <= allowed, f"{note}: {difference} > {allowed}"
