@@ -14,7 +14,7 @@ namespace fused {
 
 using torch::headeronly::ScalarType;
 
-constexpr int kBatchDims = 8;    // leading dimensions left after merging those that can be merged
+constexpr int kBatchDims = 8;     // leading dimensions left after merging those that can be merged
 constexpr int kMaxChannels = 16;  // the mix is passed by value, also to the CUDA kernel
 constexpr int kLanes = 16;        // output pixels in a group: the lanes of one AVX-512 register
 constexpr int kHalf = 8;          // and of one AVX2 register
@@ -101,7 +101,8 @@ struct Problem {
   int64_t images;
 };
 
-// T is the type of the weights and of the sums. The caller has checked everything; nothing is empty.
+// T is the type of the weights and of the sums. The caller has checked everything; nothing is
+// empty.
 template <typename T>
 void run_cpu(const Problem& problem, const Mix<T>& mix);
 template <typename T>

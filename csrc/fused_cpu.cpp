@@ -39,11 +39,15 @@ constexpr int64_t whole(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; 
 
 int64_t size_of(ScalarType type) {
   switch (type) {
-    case ScalarType::Byte: return 1;
+    case ScalarType::Byte:
+      return 1;
     case ScalarType::Half:
-    case ScalarType::BFloat16: return 2;
-    case ScalarType::Float: return 4;
-    default: return 8;
+    case ScalarType::BFloat16:
+      return 2;
+    case ScalarType::Float:
+      return 4;
+    default:
+      return 8;
   }
 }
 
@@ -81,8 +85,12 @@ Range range_of(const Bands& bands, const int32_t* table) {
 
 HalfGroup joined(const HalfGroup& a, const HalfGroup& b) {
   const int32_t low = std::min(a.low, b.low);
-  return {low, std::max(a.high, b.high), std::min(a.least, b.least), std::max(a.most, b.most),
-          std::max(a.low + a.spread, b.low + b.spread) - low, {}};
+  return {low,
+          std::max(a.high, b.high),
+          std::min(a.least, b.least),
+          std::max(a.most, b.most),
+          std::max(a.low + a.spread, b.low + b.spread) - low,
+          {}};
 }
 
 // Lengths in elements of T, for all images of a call.
@@ -114,7 +122,8 @@ struct Terms {
 };
 
 template <typename T>
-using Loader = void (*)(const void* source, int64_t column, const Terms<T>& terms, int64_t n, T* to);
+using Loader = void (*)(const void* source, int64_t column, const Terms<T>& terms, int64_t n,
+                        T* to);
 template <typename T>
 using Storer = void (*)(const T* from, void* target, int64_t column, int64_t n);
 
