@@ -24,7 +24,10 @@ struct HalfGroup {
   int32_t low, high;    // they see the input pixels [low, high)
   int32_t least, most;  // the counts of their taps
   int32_t spread;       // the largest `first` minus the smallest
-  int32_t unused[3];
+  // Where each `first` is one more than its neighbour's, but for one step of two: how many lanes
+  // come before that step, negative where `first` goes down; else 0.
+  int32_t regular;
+  int32_t unused[2];
 };
 
 // One group of kLanes output pixels, followed by its weights, (taps, kLanes) of T. The lanes behind

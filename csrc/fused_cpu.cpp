@@ -90,6 +90,7 @@ HalfGroup joined(const HalfGroup& a, const HalfGroup& b) {
           std::min(a.least, b.least),
           std::max(a.most, b.most),
           std::max(a.low + a.spread, b.low + b.spread) - low,
+          0,
           {}};
 }
 
@@ -111,15 +112,29 @@ struct Ring {
 template <typename T>
 struct Terms {
   int count = 0;
+  bool interleaved = false;  // offsets are those of RGB pixels
   int64_t offset[kMaxChannels];
   T weight[kMaxChannels];
-  Terms(const Mix<T>& mix, int k, int64_t channel) {
+  Terms(const Mix<T>& mix, int k, int64_t channel) : interleaved(channel == 1 && mix.in == 3) {
     for (int c = 0; c < mix.in; ++c) {
       const T w = mix.mix[k * mix.in + c];
       if (w != 0) offset[count] = c * channel, weight[count++] = w;
     }
   }
 };
+
+// For each channel, which of the bytes of three registers of RGB pixels are its own; -1: none.
+struct Interleaved {
+  int8_t places[48];
+  constexpr explicit Interleaved(int channel) : places() {
+    for (int i = 0; i < 48; ++i) places[i] = -1;
+    for (int pixel = 0; pixel < 16; ++pixel) {
+      const int byte = 3 * pixel + channel;
+      places[byte / 16 * 16 + pixel] = static_cast<int8_t>(byte % 16);
+    }
+  }
+};
+constexpr Interleaved kInterleaved[3] = {Interleaved(0), Interleaved(1), Interleaved(2)};
 
 template <typename T>
 using Loader = void (*)(const void* source, int64_t column, const Terms<T>& terms, int64_t n,

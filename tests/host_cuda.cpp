@@ -53,7 +53,7 @@ struct Axis {
       }
       for (int h = 0; h < 2; ++h) {
         HalfGroup& half = group.halves[h];
-        half = {static_cast<int32_t>(in), 0, 0, 0, 0, {}};
+        half = {static_cast<int32_t>(in), 0, 0, 0, 0, 0, {}};
         for (int lane = h * kHalf; lane < (h + 1) * kHalf; ++lane) {
           half.low = std::min(half.low, group.first[lane]);
           half.high = std::max(half.high, group.first[lane] + group.count[lane]);

@@ -3,6 +3,9 @@
 from .bands import Bands, stack
 from .fuse import NotFusable, fuse
 from .operator import FusedTransform, affine, fused_transform, separable_map
+from ._ops import load_if_built
+
+load_if_built()
 
 __all__ = [
     "Bands",

@@ -122,9 +122,7 @@ class Fused(nn.Module):
     def _draw(self, images: list, recipes: list[_Recipe]) -> tuple[list[list], int]:
         """The parameters of each step that draws, one for each item; and the number of items."""
         items = {_items(image) for image in images}
-        sizes = {
-            tuple(size for size in r.draws if self._steps[size[0]].sized) for r in recipes
-        }
+        sizes = {tuple(size for size in r.draws if self._steps[size[0]].sized) for r in recipes}
         if len(items) > 1 or len(sizes) > 1:
             raise ValueError(
                 "fuse: the images of a sample share their random parameters, so they must agree in "

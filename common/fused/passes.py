@@ -60,9 +60,7 @@ class Passes:
         if not self.touched and dtype == self.source:
             return
         sizes = self.height, self.width
-        rows, columns = (
-            bands or b.identity(n) for bands, n in zip(self.axes, sizes, strict=True)
-        )
+        rows, columns = (bands or b.identity(n) for bands, n in zip(self.axes, sizes, strict=True))
         bias = self.bias
         if dtype == torch.uint8:
             bias = bias + (FLOOR if self.floors else HALF_UP if self.half_up else 0)

@@ -67,9 +67,11 @@ def _flat(chain) -> list:
 
 def _step(i: int, transform) -> Step:
     name = f"step {i}, {getattr(transform, '__name__', None) or transform!r}".replace("\n", " ")
-    make = FUNCTIONS.get(transform) if callable(transform) and not isinstance(
-        transform, nn.Module
-    ) else TRANSFORMS.get(type(transform))
+    make = (
+        FUNCTIONS.get(transform)
+        if callable(transform) and not isinstance(transform, nn.Module)
+        else TRANSFORMS.get(type(transform))
+    )
     if make is None:
         known = ", ".join(sorted(kind.__name__ for kind in TRANSFORMS))
         reason = REASONS.get(type(transform).__name__, "it is not one of the linear transforms")
@@ -205,9 +207,7 @@ def _random_resized_crop(transform) -> Step:
 
     def apply(passes: Passes, params) -> None:
         whole = {"top": 0, "left": 0, "height": passes.height, "width": passes.width}
-        boxes = torch.tensor(
-            [[p[key] for p in params or [whole]] for key in whole], device="cpu"
-        )
+        boxes = torch.tensor([[p[key] for p in params or [whole]] for key in whole], device="cpu")
         _resize_to(passes, transform.size, mode, antialias, boxes=tuple(boxes))
 
     return Step("", apply, _maker(transform), sized=True)
