@@ -79,12 +79,19 @@ Bands bands_of(const char* axis, const Tensor& t, const MaybeTensor& index, cons
   STD_TORCH_CHECK(t.scalar_type() == ScalarType::Int && t.dim() == 4 && t.size(3) == kLanes &&
                       t.size(2) >= kHeadRows && t.is_contiguous() && t.size(0) >= 1 &&
                       t.size(1) == (out + kLanes - 1) / kLanes,
-                  "separable_map: ", axis, " of shape ", shape(t),
-                  " are not the packed bands of ", out, " output pixels");
+                  "separable_map: ", axis, " of shape ", shape(t), " are not the packed bands of ",
+                  out, " output pixels");
   STD_TORCH_CHECK(t.device() == images.device(), "separable_map: ", axis,
                   " must be on the device of the images");
-  Bands b{static_cast<const int32_t*>(t.const_data_ptr()), t.size(0), t.size(1), t.size(2), out, in,
-          nullptr, 0, false};
+  Bands b{static_cast<const int32_t*>(t.const_data_ptr()),
+          t.size(0),
+          t.size(1),
+          t.size(2),
+          out,
+          in,
+          nullptr,
+          0,
+          false};
   if (index) {
     b.flags = index->scalar_type() == ScalarType::Bool;
     STD_TORCH_CHECK(b.flags ? b.variants == 2 : index->scalar_type() == ScalarType::Long,
@@ -170,19 +177,19 @@ std::vector<int64_t> checked_shape(const Arguments& a) {
                   "fused_transform: dtype must be uint8, float16, bfloat16, float32 or float64, "
                   "not ",
                   toString(a.dtype));
-  STD_TORCH_CHECK(a.mix.scalar_type() == ScalarType::Double && a.mix.dim() == 2 &&
-                      a.mix.is_cpu() && a.mix.size(0) >= 1 && a.mix.size(1) >= 1 &&
-                      a.mix.size(0) <= kMaxChannels && a.mix.size(1) <= kMaxChannels,
+  STD_TORCH_CHECK(a.mix.scalar_type() == ScalarType::Double && a.mix.dim() == 2 && a.mix.is_cpu() &&
+                      a.mix.size(0) >= 1 && a.mix.size(1) >= 1 && a.mix.size(0) <= kMaxChannels &&
+                      a.mix.size(1) <= kMaxChannels,
                   "separable_map: mix must be a float64 (C_out, C_in) tensor on the CPU with at "
                   "most ",
                   kMaxChannels, " channels, not ", toString(a.mix.scalar_type()), " ",
                   shape(a.mix));
-  STD_TORCH_CHECK(!a.affine || (a.affine->scalar_type() == ScalarType::Double &&
-                                a.affine->dim() == 2 && a.affine->is_cpu() &&
-                                a.affine->is_contiguous() &&
-                                a.affine->size(0) == a.mix.size(0) && a.affine->size(1) == 3),
-                  "separable_map: affine must be a float64 (C_out, 3) tensor on the CPU: bias, low "
-                  "and high of each channel of the result");
+  STD_TORCH_CHECK(
+      !a.affine || (a.affine->scalar_type() == ScalarType::Double && a.affine->dim() == 2 &&
+                    a.affine->is_cpu() && a.affine->is_contiguous() &&
+                    a.affine->size(0) == a.mix.size(0) && a.affine->size(1) == 3),
+      "separable_map: affine must be a float64 (C_out, 3) tensor on the CPU: bias, low "
+      "and high of each channel of the result");
   STD_TORCH_CHECK(dim >= 3 && images.size(dim - 3) == a.mix.size(1),
                   "fused_transform: images must be (..., ", a.mix.size(1), ", H, W), not ",
                   shape(images));
@@ -194,10 +201,10 @@ std::vector<int64_t> checked_shape(const Arguments& a) {
   STD_TORCH_CHECK(images.size(dim - 2) == a.height && images.size(dim - 1) == a.width,
                   "separable_map: the bands are for images of ", a.height, " x ", a.width,
                   " pixels, and these are ", shape(images));
-  STD_TORCH_CHECK(a.out_height >= 1 && a.out_width >= 1 && a.out_height < most &&
-                      a.out_width < most,
-                  "fused_transform: size must be two positive integers below 2**30, not (",
-                  a.out_height, ", ", a.out_width, ")");
+  STD_TORCH_CHECK(
+      a.out_height >= 1 && a.out_width >= 1 && a.out_height < most && a.out_width < most,
+      "fused_transform: size must be two positive integers below 2**30, not (", a.out_height, ", ",
+      a.out_width, ")");
   std::vector<int64_t> sizes(images.sizes().begin(), images.sizes().end());
   sizes[dim - 3] = a.mix.size(0);
   sizes[dim - 2] = a.out_height;
@@ -239,21 +246,26 @@ void apply(const Arguments& a, const Target& target) {
 
 int32_t shim_dtype(ScalarType type) {
   switch (type) {
-    case ScalarType::Byte: return aoti_torch_dtype_uint8();
-    case ScalarType::Half: return aoti_torch_dtype_float16();
-    case ScalarType::BFloat16: return aoti_torch_dtype_bfloat16();
-    case ScalarType::Float: return aoti_torch_dtype_float32();
-    default: return aoti_torch_dtype_float64();
+    case ScalarType::Byte:
+      return aoti_torch_dtype_uint8();
+    case ScalarType::Half:
+      return aoti_torch_dtype_float16();
+    case ScalarType::BFloat16:
+      return aoti_torch_dtype_bfloat16();
+    case ScalarType::Float:
+      return aoti_torch_dtype_float32();
+    default:
+      return aoti_torch_dtype_float64();
   }
 }
 
-#define FUSED_BANDS                                                                    \
-  Tensor mix, MaybeTensor affine, MaybeTensor row_index, MaybeTensor column_index,     \
-      int64_t height, int64_t width, int64_t out_height, int64_t out_width, ScalarType dtype
+#define FUSED_BANDS                                                                                \
+  Tensor mix, MaybeTensor affine, MaybeTensor row_index, MaybeTensor column_index, int64_t height, \
+      int64_t width, int64_t out_height, int64_t out_width, ScalarType dtype
 
 Tensor separable_map(Tensor images, Tensor rows, Tensor columns, FUSED_BANDS) {
-  const Arguments a{images, rows,   columns, mix,        affine,    row_index, column_index,
-                    height, width, out_height, out_width, dtype};
+  const Arguments a{images,       rows,   columns, mix,        affine,    row_index,
+                    column_index, height, width,   out_height, out_width, dtype};
   const std::vector<int64_t> sizes = checked_shape(a);
   Tensor to;
   apply(a, [&]() -> const Tensor& {
@@ -265,9 +277,9 @@ Tensor separable_map(Tensor images, Tensor rows, Tensor columns, FUSED_BANDS) {
     int32_t device_type;
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(images.get(), &device_type));
     AtenTensorHandle handle;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-        sizes.size(), sizes.data(), strides.data(), shim_dtype(dtype), device_type,
-        images.get_device_index(), &handle));
+    STABLE_TORCH_ERROR_CODE_CHECK(
+        aoti_torch_empty_strided(sizes.size(), sizes.data(), strides.data(), shim_dtype(dtype),
+                                 device_type, images.get_device_index(), &handle));
     return to = Tensor(handle);
   });
   return to;
@@ -281,8 +293,8 @@ Tensor differentiable(Tensor images, Tensor rows, Tensor columns, Tensor, Tensor
 }
 
 void separable_map_out(Tensor images, Tensor rows, Tensor columns, FUSED_BANDS, Tensor out) {
-  const Arguments a{images, rows,   columns, mix,        affine,    row_index, column_index,
-                    height, width, out_height, out_width, dtype};
+  const Arguments a{images,       rows,   columns, mix,        affine,    row_index,
+                    column_index, height, width,   out_height, out_width, dtype};
   const std::vector<int64_t> sizes = checked_shape(a);
   STD_TORCH_CHECK(out.scalar_type() == dtype, "fused_transform: out must be ", toString(dtype),
                   ", not ", toString(out.scalar_type()));
@@ -304,7 +316,7 @@ void separable_map_out(Tensor images, Tensor rows, Tensor columns, FUSED_BANDS, 
 }
 
 STABLE_TORCH_LIBRARY(fused_transform, m) {
-#define FUSED_SCHEMA                                                                       \
+#define FUSED_SCHEMA                                                                     \
   "Tensor mix, Tensor? affine, Tensor? row_index, Tensor? column_index, SymInt height, " \
   "SymInt width, SymInt out_height, SymInt out_width, ScalarType dtype"
   m.def("separable_map(Tensor images, Tensor rows, Tensor columns, " FUSED_SCHEMA ") -> Tensor");

@@ -14,7 +14,7 @@ namespace fused {
 
 using torch::headeronly::ScalarType;
 
-constexpr int kBatchDims = 8;    // leading dimensions left after merging those that can be merged
+constexpr int kBatchDims = 8;     // leading dimensions left after merging those that can be merged
 constexpr int kMaxChannels = 16;  // the mix is passed by value, also to the CUDA kernel
 constexpr int kLanes = 16;        // output pixels in a group: the lanes of one AVX-512 register
 constexpr int kHalf = 8;          // and of one AVX2 register
@@ -24,7 +24,10 @@ struct HalfGroup {
   int32_t low, high;    // they see the input pixels [low, high)
   int32_t least, most;  // the counts of their taps
   int32_t spread;       // the largest `first` minus the smallest
-  int32_t unused[3];
+  // Where each `first` is one more than its neighbour's, but for one step of two: how many lanes
+  // come before that step, negative where `first` goes down; else 0.
+  int32_t regular;
+  int32_t unused[2];
 };
 
 // One group of kLanes output pixels, followed by its weights, (taps, kLanes) of T. The lanes behind
@@ -101,7 +104,8 @@ struct Problem {
   int64_t images;
 };
 
-// T is the type of the weights and of the sums. The caller has checked everything; nothing is empty.
+// T is the type of the weights and of the sums. The caller has checked everything; nothing is
+// empty.
 template <typename T>
 void run_cpu(const Problem& problem, const Mix<T>& mix);
 template <typename T>

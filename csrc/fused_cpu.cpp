@@ -39,11 +39,15 @@ constexpr int64_t whole(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; 
 
 int64_t size_of(ScalarType type) {
   switch (type) {
-    case ScalarType::Byte: return 1;
+    case ScalarType::Byte:
+      return 1;
     case ScalarType::Half:
-    case ScalarType::BFloat16: return 2;
-    case ScalarType::Float: return 4;
-    default: return 8;
+    case ScalarType::BFloat16:
+      return 2;
+    case ScalarType::Float:
+      return 4;
+    default:
+      return 8;
   }
 }
 
@@ -67,10 +71,27 @@ Range range_of(const Bands& bands, const int32_t* table, int64_t begin, int64_t 
   return range.low < range.high ? range : Range{0, 0};
 }
 
+// What all output pixels see.
+Range range_of(const Bands& bands, const int32_t* table) {
+  Range range{bands.in, 0};
+  for (int64_t o = 0; o < bands.out; o += kLanes) {
+    for (const HalfGroup& half : group_of(table, bands.rows, o).halves) {
+      if (half.low == half.high) continue;
+      range = {std::min<int64_t>(range.low, half.low), std::max<int64_t>(range.high, half.high)};
+    }
+  }
+  return range.low < range.high ? range : Range{0, 0};
+}
+
 HalfGroup joined(const HalfGroup& a, const HalfGroup& b) {
   const int32_t low = std::min(a.low, b.low);
-  return {low, std::max(a.high, b.high), std::min(a.least, b.least), std::max(a.most, b.most),
-          std::max(a.low + a.spread, b.low + b.spread) - low, {}};
+  return {low,
+          std::max(a.high, b.high),
+          std::min(a.least, b.least),
+          std::max(a.most, b.most),
+          std::max(a.low + a.spread, b.low + b.spread) - low,
+          0,
+          {}};
 }
 
 // Lengths in elements of T, for all images of a call.
@@ -91,9 +112,10 @@ struct Ring {
 template <typename T>
 struct Terms {
   int count = 0;
+  bool interleaved = false;  // offsets are those of RGB pixels
   int64_t offset[kMaxChannels];
   T weight[kMaxChannels];
-  Terms(const Mix<T>& mix, int k, int64_t channel) {
+  Terms(const Mix<T>& mix, int k, int64_t channel) : interleaved(channel == 1 && mix.in == 3) {
     for (int c = 0; c < mix.in; ++c) {
       const T w = mix.mix[k * mix.in + c];
       if (w != 0) offset[count] = c * channel, weight[count++] = w;
@@ -101,8 +123,22 @@ struct Terms {
   }
 };
 
+// For each channel, which of the bytes of three registers of RGB pixels are its own; -1: none.
+struct Interleaved {
+  int8_t places[48];
+  constexpr explicit Interleaved(int channel) : places() {
+    for (int i = 0; i < 48; ++i) places[i] = -1;
+    for (int pixel = 0; pixel < 16; ++pixel) {
+      const int byte = 3 * pixel + channel;
+      places[byte / 16 * 16 + pixel] = static_cast<int8_t>(byte % 16);
+    }
+  }
+};
+constexpr Interleaved kInterleaved[3] = {Interleaved(0), Interleaved(1), Interleaved(2)};
+
 template <typename T>
-using Loader = void (*)(const void* source, int64_t column, const Terms<T>& terms, int64_t n, T* to);
+using Loader = void (*)(const void* source, int64_t column, const Terms<T>& terms, int64_t n,
+                        T* to);
 template <typename T>
 using Storer = void (*)(const T* from, void* target, int64_t column, int64_t n);
 
@@ -188,14 +224,14 @@ Layout layout_of(const Problem& p, const Mix<T>& mix, bool whole_planes) {
   Layout l{};
   for (int64_t v = 0; v < p.columns.variants; ++v) {
     const int32_t* table = p.columns.data + v * p.columns.groups * p.columns.rows * kLanes;
-    const Range seen = range_of(p.columns, table, 0, p.columns.out);
+    const Range seen = range_of(p.columns, table);
     l.pitch = std::max(l.pitch, whole(seen.high - seen.low));
   }
   l.pitch = std::max<int64_t>(l.pitch, kLanes);
   int64_t most = std::min<int64_t>(p.rows.in, kRingPixels / l.pitch);
   for (int64_t v = 0; v < p.rows.variants; ++v) {
     const int32_t* table = p.rows.data + v * p.rows.groups * p.rows.rows * kLanes;
-    for (int64_t o = 0; o < p.rows.out; ++o) {  // a task begins at any row
+    for (int64_t o = 0; o < p.rows.out; o += kRows) {
       const Range seen = range_of(p.rows, table, o, std::min(o + kRows, p.rows.out));
       most = std::max(most, seen.high - seen.low);
     }
@@ -235,7 +271,7 @@ void run_cpu(const Problem& p, const Mix<T>& mix) {
   const int64_t wanted = 4 * torch::stable::get_num_threads();
   int64_t parts =
       pixels < kTaskPixels || p.images >= wanted ? 1 : (wanted + p.images - 1) / p.images;
-  const int64_t height = std::max<int64_t>(kRows, (p.rows.out + parts - 1) / parts);
+  const int64_t height = ((p.rows.out + parts - 1) / parts + kRows - 1) / kRows * kRows;
   parts = (p.rows.out + height - 1) / height;
   const int64_t grain = std::max<int64_t>(1, kTaskPixels / (pixels / parts));
   const Layout layout = layout_of(p, mix, parts == 1);

@@ -1,19 +1,14 @@
 """fuse(chain) against torchvision, step by step, over random chains."""
 
-import copy
-import pickle
 import random
 
-import PIL.Image
 import pytest
 import torch
-from torch import nn
-from torch.utils.data import DataLoader
-from torchvision import models, tv_tensors
+from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
-from common.fused import FusedTransform, NotFusable, fuse
+from common.fused import fuse
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CHAINS = 1000
@@ -48,7 +43,13 @@ def step_by_step(chain, x):
         else:
             x = transform(channels_last(x))
             continue
-        x = tv_tensors.wrap(y[..., :1, :, :] if single else y, like=x) if isinstance(x, tv_tensors.TVTensor) else y[..., :1, :, :] if single else y
+        x = (
+            tv_tensors.wrap(y[..., :1, :, :] if single else y, like=x)
+            if isinstance(x, tv_tensors.TVTensor)
+            else y[..., :1, :, :]
+            if single
+            else y
+        )
     return x
 
 
@@ -98,7 +99,9 @@ def random_chain(rng, shape, dtype):
             chain.append(v2.RandomResizedCrop((h, w), interpolation=mode, antialias=antialias))
             rounded |= dtype == torch.uint8
         elif kind == 4:
-            chain.append(rng.choice([v2.RandomHorizontalFlip(), F.hflip, v2.RandomHorizontalFlip(0.9)]))
+            chain.append(
+                rng.choice([v2.RandomHorizontalFlip(), F.hflip, v2.RandomHorizontalFlip(0.9)])
+            )
         elif kind == 5:
             chain.append(rng.choice([v2.RandomVerticalFlip(), F.vflip]))
         elif kind == 6:

@@ -168,7 +168,9 @@ def crop(size: int, start: int | Tensor, length: int, mode: str = "constant") ->
         pixel = torch.where(pixel < 0, -pixel - shift, pixel)
         pixel = torch.where(pixel >= size, 2 * (size - 1) + shift - pixel, pixel)
         if bool(((pixel < 0) | (pixel >= size)).any()):
-            raise ValueError(f"padding by mode {mode!r} must be smaller than the image: {size} pixels")
+            raise ValueError(
+                f"padding by mode {mode!r} must be smaller than the image: {size} pixels"
+            )
     one = torch.ones_like(pixel)
     return Bands(pixel, one, one.to(torch.float64)[..., None], size)
 

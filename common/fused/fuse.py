@@ -9,7 +9,9 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as F
 
-from .operator import FLOATS, _aside, separable_map
+from ._layout import aside
+from ._ops import FLOATS
+from .operator import separable_map
 from .passes import Pass, Passes
 from .steps import NotFusable, Step, steps_of
 
@@ -107,7 +109,7 @@ class Fused(nn.Module):
         for image, recipe in zip(images, recipes, strict=True):
             passes = recipe.passes
             if passes is None:
-                done = _aside(self._run, _spec(image), params, recipe.exact)
+                done = aside(self._run, _spec(image), params, recipe.exact)
                 passes = done.done
             x = image
             if isinstance(x, PIL.Image.Image):
@@ -122,9 +124,7 @@ class Fused(nn.Module):
     def _draw(self, images: list, recipes: list[_Recipe]) -> tuple[list[list], int]:
         """The parameters of each step that draws, one for each item; and the number of items."""
         items = {_items(image) for image in images}
-        sizes = {
-            tuple(size for size in r.draws if self._steps[size[0]].sized) for r in recipes
-        }
+        sizes = {tuple(size for size in r.draws if self._steps[size[0]].sized) for r in recipes}
         if len(items) > 1 or len(sizes) > 1:
             raise ValueError(
                 "fuse: the images of a sample share their random parameters, so they must agree in "
@@ -145,7 +145,7 @@ class Fused(nn.Module):
     def _recipe(self, spec: tuple) -> _Recipe:
         recipe = self._recipes.get(spec)
         if recipe is None:
-            recipe = _aside(self._trace, spec)
+            recipe = aside(self._trace, spec)
             if len(self._recipes) >= KEPT:
                 self._recipes.pop(next(iter(self._recipes)), None)
             self._recipes[spec] = recipe
@@ -205,7 +205,7 @@ def _spec(image) -> tuple[bool, bool, torch.dtype, tuple[int, ...]]:
 
 
 def _check(spec: tuple) -> None:
-    pil, _, dtype, shape = spec
+    _, _, dtype, shape = spec
     if dtype not in (torch.uint8, *FLOATS):
         raise TypeError(f"fuse: images must be uint8 or float, not {dtype}")
     if len(shape) < 3 or min(shape) < 1:
@@ -258,4 +258,4 @@ def _show(each: Pass) -> str:
         return f"{bands.size}->{bands.out} ({bands.weight.shape[2]} taps)"
 
     dtype = str(each.dtype).removeprefix("torch.")
-    return f"{axis(each.rows)} x {axis(each.columns)}, {tuple(each.mix.shape)[0]} channels {dtype}"
+    return f"{axis(each.rows)} x {axis(each.columns)}, {len(each.mix)} channels {dtype}"

@@ -66,9 +66,7 @@ class Passes:
         if not self.touched and dtype == self.source:
             return
         sizes = self.height, self.width
-        rows, columns = (
-            bands or b.identity(n) for bands, n in zip(self.axes, sizes, strict=True)
-        )
+        rows, columns = (bands or b.identity(n) for bands, n in zip(self.axes, sizes, strict=True))
         round_by = 0.0
         if dtype == torch.uint8:
             round_by = FLOOR if self.floors else HALF_UP if self.half_up else 0.0

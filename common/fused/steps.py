@@ -18,7 +18,8 @@ from torchvision.transforms.v2.functional._geometry import (
     _compute_resized_output_size,
 )
 
-from .operator import FLOATS, GRAY_WEIGHTS, FusedTransform
+from ._ops import FLOATS
+from .operator import GRAY_WEIGHTS, FusedTransform
 from .passes import Passes
 
 PIL_GRAY = tuple(w / 65536 for w in (19595, 38470, 7471))  # Pillow's convert("L")
@@ -69,9 +70,11 @@ def _flat(chain) -> list:
 
 def _step(i: int, transform) -> Step:
     name = f"step {i}, {getattr(transform, '__name__', None) or transform!r}".replace("\n", " ")
-    make = FUNCTIONS.get(transform) if callable(transform) and not isinstance(
-        transform, nn.Module
-    ) else TRANSFORMS.get(type(transform))
+    make = (
+        FUNCTIONS.get(transform)
+        if callable(transform) and not isinstance(transform, nn.Module)
+        else TRANSFORMS.get(type(transform))
+    )
     if make is None:
         known = ", ".join(sorted(kind.__name__ for kind in TRANSFORMS))
         reason = REASONS.get(type(transform).__name__, "it is not one of the linear transforms")
