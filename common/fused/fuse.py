@@ -1,5 +1,7 @@
 """fuse(chain): a chain of torchvision transforms as one pass over the images."""
 
+import itertools
+import weakref
 from dataclasses import dataclass
 
 import PIL.Image
@@ -9,9 +11,11 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as F
 
-from ._layout import aside
+from . import _ops as ops
+from ._layout import Plan, aside
 from ._ops import FLOATS
-from .operator import separable_map
+from .bands import CPU
+from .operator import affine, separable_map
 from .passes import Pass, Passes
 from .steps import NotFusable, Step, steps_of
 
@@ -66,12 +70,14 @@ class Fused(nn.Module):
         self.__setstate__({**self.__dict__, "fused_chain": chain})
 
     def __getstate__(self) -> dict:
-        return {k: v for k, v in self.__dict__.items() if k not in ("_steps", "_recipes")}
+        return {k: v for k, v in self.__dict__.items() if k not in ("_steps", "_recipes", "_key")}
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
         self._steps: list[Step] = steps_of(self.fused_chain)
         self._recipes: dict[tuple, _Recipe] = {}
+        self._key = next(_keys)
+        _modules[self._key] = self
 
     def extra_repr(self) -> str:
         lines = [step.name for step in self._steps]
@@ -84,6 +90,8 @@ class Fused(nn.Module):
 
     def forward(self, *inputs):
         sample = inputs if len(inputs) > 1 else inputs[0]
+        if torch.compiler.is_compiling():
+            return self._traced(sample)
         if isinstance(sample, (Tensor, PIL.Image.Image)):
             return self._images([sample])[0]
         flat, spec = tree_flatten(sample)
@@ -98,6 +106,19 @@ class Fused(nn.Module):
         for i, result in zip(chosen, results, strict=True):
             flat[i] = result
         return tree_unflatten(flat, spec)
+
+    def _traced(self, x: Tensor) -> Tensor:
+        """For torch.compile and torch.export: of tensors, where nothing is drawn. The sizes are
+        constants of the graph."""
+        shape = [len(range(n)) for n in x.shape[-3:]]  # a range has no symbolic length
+        for box, clamp, tables, arguments in _constants(self._key, x.dtype, *shape):
+            if box is not None:
+                x = x[..., box[0] : box[0] + box[2], box[1] : box[1] + box[3]]
+            tables = [table.to(x.device) for table in tables]
+            x = torch.ops.fused_transform.differentiable.default(x, *tables, *arguments)
+            if clamp is not None:
+                x = x.clamp(*(bound.to(x.device) for bound in clamp))
+        return x
 
     def _images(self, images: list) -> list:
         """All images of one sample, with the same random parameters."""
@@ -175,6 +196,36 @@ class Fused(nn.Module):
                 raise type(error)(f"{step.name}: {error}") from None
         passes.finish(passes.dtype)
         return passes
+
+
+_keys = itertools.count()
+_modules: "weakref.WeakValueDictionary[int, Fused]" = weakref.WeakValueDictionary()
+
+
+@torch.compiler.assume_constant_result
+def _constants(key: int, dtype: torch.dtype, *shape: int) -> list[tuple]:
+    """Of plain tensors, the passes of a module as tables and sizes; torch.compile runs this when it
+    traces a call."""
+    recipe = _modules[key]._recipe((False, True, dtype, shape))
+    if recipe.passes is None:
+        raise RuntimeError("fuse: torch.compile and torch.export take no chain that draws")
+    ops.load()
+    return aside(_constants_of, recipe.passes, dtype)
+
+
+def _constants_of(passes: list[Pass], dtype: torch.dtype) -> list[tuple]:
+    constants = []
+    for each in passes:
+        wide = torch.float64 in (dtype, each.dtype)
+        plan = Plan(each.rows, each.columns, wide, CPU)
+        dtype, table, clamp = each.dtype, each.table, None
+        if table is not None and dtype.is_floating_point:  # the operator itself is linear
+            if bool(table[:, 1:].isfinite().any()):
+                clamp = table[:, 1:].to(dtype).T[..., None, None].unbind()
+            table = affine(len(table), table[:, 0])
+        arguments = each.mix, table, None, None, *plan.sizes, dtype
+        constants.append((each.box, clamp, (*plan.tables, *plan.transposed()), arguments))
+    return constants
 
 
 def _images_of(flat: list) -> list[int]:
