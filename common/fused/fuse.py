@@ -160,7 +160,10 @@ class Fused(nn.Module):
         params = [[] for _ in steps]
         for _ in range(items):
             for drawn, step, (_, height, width) in zip(params, steps, draws, strict=True):
-                drawn.append(step.draw(height, width))
+                try:
+                    drawn.append(step.draw(height, width))
+                except ValueError as error:
+                    raise ValueError(f"{step.name}: {error}") from None
         return params, items
 
     def _recipe(self, spec: tuple) -> _Recipe:

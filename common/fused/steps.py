@@ -62,28 +62,29 @@ def _flat(chain) -> list:
     elif isinstance(chain, nn.Sequential):
         chain = list(chain)
     elif hasattr(chain, "fused_chain"):
-        chain = chain.fused_chain
+        return _flat(chain.fused_chain)
     if isinstance(chain, (list, tuple)):
         return [transform for part in chain for transform in _flat(part)]
     return [chain]
 
 
 def _step(i: int, transform) -> Step:
-    name = f"step {i}, {getattr(transform, '__name__', None) or transform!r}".replace("\n", " ")
+    name = getattr(transform, "__name__", None) or " ".join(repr(transform).split())
+    name = f"step {i}, {name}"
     make = (
         FUNCTIONS.get(transform)
         if callable(transform) and not isinstance(transform, nn.Module)
         else TRANSFORMS.get(type(transform))
     )
     if make is None:
-        known = ", ".join(sorted(kind.__name__ for kind in TRANSFORMS))
+        known = ", ".join(sorted({kind.__name__ for kind in TRANSFORMS}))
         reason = REASONS.get(type(transform).__name__, "it is not one of the linear transforms")
         if type(transform).__module__.startswith("torchvision.transforms.transforms"):
             reason = "it is of torchvision's v1: use torchvision.transforms.v2"
         raise NotFusable(f"{name}: {reason} ({known}, hflip, vflip)")
     try:
         step = make(transform)
-    except NotFusable as error:
+    except ValueError as error:
         raise NotFusable(f"{name}: {error}") from None
     step.name = name
     return step
