@@ -54,11 +54,19 @@ def compare(chain, fused, batch, each) -> float:
     return ((fused(batch) - expected).abs().amax((0, 2, 3)) * torch.tensor(STD) * 255).max().item()
 
 
+def forms_of(chain, fused, batch, each) -> dict:
+    return {
+        "torchvision": lambda: [chain(image) for image in each],
+        "fuse, one by one": lambda: [fused(image) for image in each],
+        "fuse, batch": lambda: fused(batch),
+    }
+
+
 @torch.inference_mode()
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--images", type=int, default=64)
-    parser.add_argument("--runs", type=int, default=7)
+    parser.add_argument("--runs", type=int, default=5)
     args = parser.parse_args()
     batch = natural_images(args.images, 375, 500)
     each = [image.permute(1, 2, 0).contiguous().permute(2, 0, 1) for image in batch]
@@ -72,11 +80,7 @@ def main() -> None:
                 fused(image)
         for count in (threads, 1):
             torch.set_num_threads(count)
-            forms = {
-                "torchvision": lambda: [chain(image) for image in each],
-                "fuse, one by one": lambda: [fused(image) for image in each],
-                "fuse, batch": lambda: fused(batch),
-            }
+            forms = forms_of(chain, fused, batch, each)
             times = measure(forms, args.runs)
             print(f"{name}, {count} threads (largest difference {difference:.2f} levels)")
             for form, seconds in times.items():
