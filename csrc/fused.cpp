@@ -259,13 +259,7 @@ int32_t shim_dtype(ScalarType type) {
   }
 }
 
-#define FUSED_BANDS                                                                                \
-  Tensor mix, MaybeTensor affine, MaybeTensor row_index, MaybeTensor column_index, int64_t height, \
-      int64_t width, int64_t out_height, int64_t out_width, ScalarType dtype
-
-Tensor separable_map(Tensor images, Tensor rows, Tensor columns, FUSED_BANDS) {
-  const Arguments a{images,       rows,   columns, mix,        affine,    row_index,
-                    column_index, height, width,   out_height, out_width, dtype};
+Tensor applied(const Arguments& a) {
   const std::vector<int64_t> sizes = checked_shape(a);
   Tensor to;
   apply(a, [&]() -> const Tensor& {
@@ -275,32 +269,59 @@ Tensor separable_map(Tensor images, Tensor rows, Tensor columns, FUSED_BANDS) {
       strides[d - 1] = strides[d] * std::max<int64_t>(sizes[d], 1);
     }
     int32_t device_type;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(images.get(), &device_type));
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(a.images.get(), &device_type));
     AtenTensorHandle handle;
     STABLE_TORCH_ERROR_CODE_CHECK(
-        aoti_torch_empty_strided(sizes.size(), sizes.data(), strides.data(), shim_dtype(dtype),
-                                 device_type, images.get_device_index(), &handle));
+        aoti_torch_empty_strided(sizes.size(), sizes.data(), strides.data(), shim_dtype(a.dtype),
+                                 device_type, a.images.get_device_index(), &handle));
     return to = Tensor(handle);
   });
   return to;
 }
 
-// Carries the transposed bands for its derivative, which Python registers.
-Tensor differentiable(Tensor images, Tensor rows, Tensor columns, Tensor, Tensor, FUSED_BANDS) {
-  return separable_map(std::move(images), std::move(rows), std::move(columns), std::move(mix),
-                       std::move(affine), std::move(row_index), std::move(column_index), height,
-                       width, out_height, out_width, dtype);
+const int64_t* checked_sizes(const Tensor& sizes) {
+  STD_TORCH_CHECK(sizes.scalar_type() == ScalarType::Long && sizes.dim() == 1 &&
+                      sizes.size(0) == 4 && sizes.is_cpu() && sizes.is_contiguous(),
+                  "separable_map: sizes must be an int64 tensor on the CPU: height and width of "
+                  "the images and of the result");
+  return static_cast<const int64_t*>(sizes.const_data_ptr());
 }
 
-void separable_map_out(Tensor images, Tensor rows, Tensor columns, FUSED_BANDS, Tensor out) {
-  const Arguments a{images,       rows,   columns, mix,        affine,    row_index,
-                    column_index, height, width,   out_height, out_width, dtype};
-  const std::vector<int64_t> sizes = checked_shape(a);
-  STD_TORCH_CHECK(out.scalar_type() == dtype, "fused_transform: out must be ", toString(dtype),
+ScalarType result_type(const Tensor& images, std::optional<ScalarType> dtype) {
+  if (dtype) return *dtype;
+  const ScalarType type = images.scalar_type();
+  return type == ScalarType::Byte ? ScalarType::Float : type;
+}
+
+Tensor separable_map(Tensor images, Tensor rows, Tensor columns, Tensor mix, Tensor sizes,
+                     MaybeTensor affine, MaybeTensor row_index, MaybeTensor column_index,
+                     std::optional<ScalarType> dtype) {
+  const int64_t* n = checked_sizes(sizes);
+  return applied({images, rows, columns, mix, affine, row_index, column_index, n[0], n[1], n[2],
+                  n[3], result_type(images, dtype)});
+}
+
+Tensor differentiable(Tensor images, Tensor rows, Tensor columns, Tensor, Tensor, Tensor mix,
+                      MaybeTensor affine, MaybeTensor row_index, MaybeTensor column_index,
+                      int64_t height, int64_t width, int64_t out_height, int64_t out_width,
+                      ScalarType dtype) {
+  return applied({images, rows, columns, mix, affine, row_index, column_index, height, width,
+                  out_height, out_width, dtype});
+}
+
+void separable_map_out(Tensor images, Tensor rows, Tensor columns, Tensor mix, Tensor sizes,
+                       MaybeTensor affine, MaybeTensor row_index, MaybeTensor column_index,
+                       std::optional<ScalarType> dtype, Tensor out) {
+  const int64_t* n = checked_sizes(sizes);
+  const Arguments a{images,       rows, columns, mix,  affine, row_index,
+                    column_index, n[0], n[1],    n[2], n[3],   result_type(images, dtype)};
+  const std::vector<int64_t> shape_of_result = checked_shape(a);
+  STD_TORCH_CHECK(out.scalar_type() == a.dtype, "fused_transform: out must be ", toString(a.dtype),
                   ", not ", toString(out.scalar_type()));
-  STD_TORCH_CHECK(std::equal(sizes.begin(), sizes.end(), out.sizes().begin(), out.sizes().end()),
+  STD_TORCH_CHECK(std::equal(shape_of_result.begin(), shape_of_result.end(), out.sizes().begin(),
+                             out.sizes().end()),
                   "fused_transform: out is ", shape(out), ", the result of images ", shape(images),
-                  " has height ", out_height, ", width ", out_width, " and ", mix.size(0),
+                  " has height ", a.out_height, ", width ", a.out_width, " and ", mix.size(0),
                   " channels");
   STD_TORCH_CHECK(out.device() == images.device(),
                   "fused_transform: out must be on the device of the images");
@@ -315,16 +336,20 @@ void separable_map_out(Tensor images, Tensor rows, Tensor columns, FUSED_BANDS, 
   apply(a, [&]() -> const Tensor& { return out; });
 }
 
+// `differentiable` is what traces hold and derivatives go through: it carries the transposed bands,
+// and its sizes are numbers, which a fake can see. The other two are for plain calls. Of one small
+// image, 4 integers and a dtype would take a tenth of the time, being converted: so a tensor holds
+// the sizes, and no dtype stands for float32 of uint8 images, else that of the images.
 STABLE_TORCH_LIBRARY(fused_transform, m) {
-#define FUSED_SCHEMA                                                                     \
-  "Tensor mix, Tensor? affine, Tensor? row_index, Tensor? column_index, SymInt height, " \
-  "SymInt width, SymInt out_height, SymInt out_width, ScalarType dtype"
-  m.def("separable_map(Tensor images, Tensor rows, Tensor columns, " FUSED_SCHEMA ") -> Tensor");
-  m.def("separable_map_out(Tensor images, Tensor rows, Tensor columns, " FUSED_SCHEMA
-        ", Tensor(a!) out) -> ()");
-  m.def(
-      "differentiable(Tensor images, Tensor rows, Tensor columns, Tensor rows_transposed, "
-      "Tensor columns_transposed, " FUSED_SCHEMA ") -> Tensor");
+#define FUSED_BANDS "(Tensor images, Tensor rows, Tensor columns, "
+#define FUSED_OPTIONS "Tensor? affine, Tensor? row_index, Tensor? column_index, "
+  m.def("separable_map" FUSED_BANDS "Tensor mix, Tensor sizes, " FUSED_OPTIONS
+        "ScalarType? dtype) -> Tensor");
+  m.def("separable_map_out" FUSED_BANDS "Tensor mix, Tensor sizes, " FUSED_OPTIONS
+        "ScalarType? dtype, Tensor(a!) out) -> ()");
+  m.def("differentiable" FUSED_BANDS
+        "Tensor rows_transposed, Tensor columns_transposed, Tensor mix, " FUSED_OPTIONS
+        "int height, int width, int out_height, int out_width, ScalarType dtype) -> Tensor");
 }
 
 void implement(torch::stable::detail::StableLibrary& m) {

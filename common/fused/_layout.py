@@ -93,13 +93,20 @@ def _pack(bands: Bands, wide: bool, device: torch.device) -> Tensor:
     return torch.cat([*parts, weight.view(variants, groups, -1, LANES)], 2).to(device)
 
 
+@lru_cache(maxsize=256)
+def sizes_tensor(*sizes: int) -> Tensor:
+    return aside(lambda: torch.tensor(sizes, device=CPU))
+
+
 class Plan:
     """The bands of both axes for images of one type and device."""
 
     def __init__(self, rows: Bands, columns: Bands, wide: bool, device: torch.device) -> None:
         self.bands, self.wide, self.device = (rows, columns), wide, device
         self.tables = packed(rows, wide, device), packed(columns, wide, device)
-        self.sizes = rows.size, columns.size, rows.first.shape[1], columns.first.shape[1]
+        self.sizes = sizes_tensor(
+            rows.size, columns.size, rows.first.shape[1], columns.first.shape[1]
+        )
 
     def transposed(self) -> tuple[Tensor, Tensor]:
         return tuple(packed(adjoint(bands), self.wide, self.device) for bands in self.bands)

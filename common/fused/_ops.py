@@ -46,7 +46,7 @@ def _load(path: Path) -> None:
             raise RuntimeError(
                 f"{path} cannot be loaded: delete it and run {_build.COMMAND}"
             ) from error
-        torch.library.register_fake(f"{NAMESPACE}::separable_map", fake)
+        torch.library.register_fake(f"{NAMESPACE}::separable_map", fake_plain)
         torch.library.register_fake(f"{NAMESPACE}::separable_map_out", fake_out)
         torch.library.register_fake(f"{NAMESPACE}::differentiable", fake_differentiable)
         autograd = torch.library.Library(NAMESPACE, "IMPL")
@@ -144,9 +144,18 @@ def fake(images, rows, columns, mix, affine, row_index, column_index, h, w, oh, 
     return images.new_empty((*images.shape[:-3], mix.shape[0], oh, ow), dtype=dtype)
 
 
-def fake_out(*arguments) -> None:
-    *arguments, out = arguments
-    expected = fake(*arguments)
+def fake_plain(images, rows, columns, mix, sizes, affine, row_index, column_index, dtype):
+    dtype = dtype or (torch.float32 if images.dtype == torch.uint8 else images.dtype)
+    sizes = [torch.library.get_ctx().new_dynamic_size() for _ in range(2)]
+    h, w = images.shape[-2:]
+    return fake(images, rows, columns, mix, affine, row_index, column_index, h, w, *sizes, dtype)
+
+
+def fake_out(images, rows, columns, mix, sizes, affine, row_index, column_index, dtype, out):
+    dtype = dtype or (torch.float32 if images.dtype == torch.uint8 else images.dtype)
+    (h, w), (oh, ow) = images.shape[-2:], out.shape[-2:]
+    index = row_index, column_index
+    expected = fake(images, rows, columns, mix, affine, *index, h, w, oh, ow, dtype)
     torch._check(
         out.shape == expected.shape and out.dtype == expected.dtype,
         lambda: f"fused_transform: out must be {expected.dtype} {tuple(expected.shape)}",

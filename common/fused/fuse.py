@@ -8,16 +8,16 @@ import PIL.Image
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
-from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as F
 
 from . import _ops as ops
 from ._layout import Plan, aside
-from ._ops import FLOATS
 from .bands import CPU
-from .operator import affine, separable_map
+from .operator import affine
 from .passes import Pass, Passes
-from .steps import NotFusable, Step, steps_of
+from .samples import apply, check, images_of, items_of, show, spec_of, wrap
+from .step import NotFusable, Step
+from .steps import steps_of
 
 __all__ = ["NotFusable", "fuse"]
 KEPT = 64  # image sizes whose passes a module keeps
@@ -84,18 +84,18 @@ class Fused(nn.Module):
         for (pil, _, dtype, shape), recipe in list(self._recipes.items())[-3:]:
             what = "PIL" if pil else str(dtype).removeprefix("torch.")
             passes = recipe.passes
-            how = "bands drawn for each call" if passes is None else " -> ".join(map(_show, passes))
+            how = "bands drawn for each call" if passes is None else " -> ".join(map(show, passes))
             lines.append(f"{what} {'x'.join(map(str, shape))}: {how or 'unchanged'}")
         return "\n".join(lines)
 
     def forward(self, *inputs):
         sample = inputs if len(inputs) > 1 else inputs[0]
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() and isinstance(sample, Tensor):
             return self._traced(sample)
         if isinstance(sample, (Tensor, PIL.Image.Image)):
             return self._images([sample])[0]
         flat, spec = tree_flatten(sample)
-        chosen = _images_of(flat)
+        chosen = images_of(flat)
         plain = [x for x in flat if isinstance(x, Tensor) and x.dim() > 2]
         if isinstance(sample, list) and len(chosen) == 1 and len(flat) == len(plain) > 1:
             raise TypeError(
@@ -122,7 +122,7 @@ class Fused(nn.Module):
 
     def _images(self, images: list) -> list:
         """All images of one sample, with the same random parameters."""
-        recipes = [self._recipe(_spec(image)) for image in images]
+        recipes = [self._recipe(spec_of(image)) for image in images]
         params = None
         if recipes[0].draws:
             params, items = self._draw(images, recipes)
@@ -130,7 +130,7 @@ class Fused(nn.Module):
         for image, recipe in zip(images, recipes, strict=True):
             passes = recipe.passes
             if passes is None:
-                done = aside(self._run, _spec(image), params, recipe.exact)
+                done = aside(self._run, spec_of(image), params, recipe.exact)
                 passes = done.done
             x = image
             if isinstance(x, PIL.Image.Image):
@@ -138,18 +138,18 @@ class Fused(nn.Module):
             elif type(x) is not Tensor:
                 x = x.as_subclass(Tensor)
             for each in passes:
-                x = _apply(each, x, items if params else 1)
-            results.append(_wrap(x, image, recipe))
+                x = apply(each, x, items if params else 1)
+            results.append(wrap(x, image, recipe.result, recipe.pil))
         return results
 
     def _draw(self, images: list, recipes: list[_Recipe]) -> tuple[list[list], int]:
         """The parameters of each step that draws, one for each item; and the number of items."""
-        items = {_items(image) for image in images}
+        items = {items_of(image) for image in images}
         sizes = {tuple(size for size in r.draws if self._steps[size[0]].sized) for r in recipes}
         if len(items) > 1 or len(sizes) > 1:
             raise ValueError(
                 "fuse: the images of a sample share their random parameters, so they must agree in "
-                "number and size: " + ", ".join(str(_spec(x)[3]) for x in images)
+                "number and size: " + ", ".join(str(spec_of(x)[3]) for x in images)
             )
         items, draws = items.pop(), recipes[0].draws
         steps = [self._steps[i] for i, _, _ in draws]
@@ -176,7 +176,7 @@ class Fused(nn.Module):
         return recipe
 
     def _trace(self, spec: tuple) -> _Recipe:
-        _check(spec)
+        check(spec)
         draws: list[tuple[int, int, int]] = []
         passes = self._run(spec, None, False, draws)
         exact = passes.roundings > 1
@@ -221,95 +221,12 @@ def _constants_of(passes: list[Pass], dtype: torch.dtype) -> list[tuple]:
     for each in passes:
         wide = torch.float64 in (dtype, each.dtype)
         plan = Plan(each.rows, each.columns, wide, CPU)
+        sizes = each.rows.size, each.columns.size, each.rows.out, each.columns.out
         dtype, table, clamp = each.dtype, each.table, None
         if table is not None and dtype.is_floating_point:  # the operator itself is linear
             if bool(table[:, 1:].isfinite().any()):
                 clamp = table[:, 1:].to(dtype).T[..., None, None].unbind()
             table = affine(len(table), table[:, 0])
-        arguments = each.mix, table, None, None, *plan.sizes, dtype
+        arguments = each.mix, table, None, None, *sizes, dtype
         constants.append((each.box, clamp, (*plan.tables, *plan.transposed()), arguments))
     return constants
-
-
-def _images_of(flat: list) -> list[int]:
-    """Which parts of a sample v2 transforms take for images."""
-    refused = tv_tensors.BoundingBoxes, tv_tensors.KeyPoints, tv_tensors.Mask
-    for x in flat:
-        if isinstance(x, refused):
-            raise TypeError(f"fuse: a sample with {type(x).__name__} cannot be fused: images only")
-    chosen = [
-        i
-        for i, x in enumerate(flat)
-        if isinstance(x, (tv_tensors.Image, tv_tensors.Video, PIL.Image.Image))
-    ]
-    if not chosen:
-        chosen = [i for i, x in enumerate(flat) if isinstance(x, Tensor)][:1]
-    if not chosen:
-        raise TypeError("fuse: there is no image in the sample")
-    return chosen
-
-
-def _spec(image) -> tuple[bool, bool, torch.dtype, tuple[int, ...]]:
-    """What a recipe depends on: a PIL image or not, a plain tensor or not, dtype, (C, H, W)."""
-    if isinstance(image, Tensor):
-        return False, not isinstance(image, tv_tensors.TVTensor), image.dtype, image.shape[-3:]
-    if image.mode not in ("RGB", "L"):
-        raise TypeError(f"fuse: PIL images must be of mode RGB or L, not {image.mode}")
-    return True, False, torch.uint8, (len(image.getbands()), image.height, image.width)
-
-
-def _check(spec: tuple) -> None:
-    _, _, dtype, shape = spec
-    if dtype not in (torch.uint8, *FLOATS):
-        raise TypeError(f"fuse: images must be uint8 or float, not {dtype}")
-    if len(shape) < 3 or min(shape) < 1:
-        raise ValueError(f"fuse: images must be (..., C, H, W), none of them 0: {tuple(shape)}")
-
-
-def _items(image) -> int:
-    if not isinstance(image, Tensor):
-        return 1
-    own = 4 if isinstance(image, tv_tensors.Video) else 3
-    return image.shape[0] if image.dim() > own else 1
-
-
-def _apply(each: Pass, x: Tensor, items: int) -> Tensor:
-    if each.box is not None:
-        top, left, height, width = each.box
-        x = x[..., top : top + height, left : left + width]
-    indices = each.row_index, each.column_index
-    if indices == (None, None):
-        return separable_map(x, each.rows, each.columns, each.mix, each.table, dtype=each.dtype)
-    flat = x if x.dim() == 4 else x.flatten(0, -4)
-    repeats = len(flat) // max(items, 1)
-    row_index, column_index = (
-        None if i is None else i[:items].repeat_interleave(repeats).to(x.device) for i in indices
-    )
-    out = separable_map(
-        flat,
-        each.rows,
-        each.columns,
-        each.mix,
-        each.table,
-        row_index=row_index,
-        column_index=column_index,
-        dtype=each.dtype,
-    )
-    return out if x.dim() == 4 else out.unflatten(0, x.shape[:-3])
-
-
-def _wrap(x: Tensor, image, recipe: _Recipe):
-    """x as the type that the chain gives for this image."""
-    if recipe.pil:
-        return F.to_pil_image(x)
-    if recipe.result is None:
-        return tv_tensors.wrap(x, like=image) if isinstance(image, tv_tensors.TVTensor) else x
-    return x if recipe.result is Tensor else x.as_subclass(recipe.result)
-
-
-def _show(each: Pass) -> str:
-    def axis(bands) -> str:
-        return f"{bands.size}->{bands.out} ({bands.weight.shape[2]} taps)"
-
-    dtype = str(each.dtype).removeprefix("torch.")
-    return f"{axis(each.rows)} x {axis(each.columns)}, {len(each.mix)} channels {dtype}"

@@ -8,13 +8,17 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from . import _build, _ops
-from ._layout import Plan, chain_plan
+from ._layout import Plan, chain_plan, sizes_tensor
+from ._layout import aside as _aside
+from ._ops import FLOATS
 from .bands import CPU, Bands
 
 SIZE = (28, 28)
 GRAY_WEIGHTS = (0.2989, 0.587, 0.114)
 _GRAY = torch.tensor([GRAY_WEIGHTS], dtype=torch.float64, device=CPU)
 _MIXES = {True: _GRAY / 255, False: _GRAY}  # images.dtype == torch.uint8: mix
+KNOWN = 256
+_known: dict[tuple, tuple] = {}  # of fused_transform: what a call depends on, its arguments
 
 
 def separable_map(
@@ -96,11 +100,25 @@ def fused_transform(
     the operator if it is not built. Raises RuntimeError, TypeError or ValueError for a wrong shape,
     dtype, device or size, and where the operator cannot be built.
     """
+    if not torch.compiler.is_compiling() and isinstance(hflip, bool) and isinstance(vflip, bool):
+        # one small image costs less than the arguments of a call: those of the last ones are kept
+        try:
+            known = _known.get((images.shape, images.dtype, images.device, size, hflip, vflip))
+        except (TypeError, AttributeError, RuntimeError):
+            known = None  # something is wrong
+        if known is not None and _is_plain(images):
+            if out is None:
+                return _ops.forward(images, *known)
+            if isinstance(out, Tensor) and not out.requires_grad:
+                _ops.forward_out(images, *known, out)
+                return out
     try:
         height, width = size
-        h, w = images.shape[-2:]
+        h, w = map(int, images.shape[-2:])
     except (TypeError, ValueError, AttributeError, RuntimeError):
         raise _fault(images, size) from None
+    if not (out is None or isinstance(out, Tensor)):
+        raise _fault(None, size)
     hmask = vmask = None
     if hflip is not True and hflip is not False:
         hflip, hmask = None, _mask("hflip", hflip, images)
@@ -111,8 +129,15 @@ def fused_transform(
     plan = h, w, height, width, hflip, vflip, dtype == torch.float64, images.device
     if torch.compiler.is_compiling():
         tables, sizes = _chain_tables(*plan), (h, w, height, width)
-        return _traced(images, tables, sizes, mix, None, vmask, hmask, _result_type(dtype), out)
-    return _apply(images, chain_plan(*plan), mix, None, vmask, hmask, _result_type(dtype), out)
+        return _traced(images, tables, sizes, mix, None, vmask, hmask, None, out)
+    plan = chain_plan(*plan)
+    result = _apply(images, plan, mix, None, vmask, hmask, None, out)
+    if hmask is None and vmask is None and type(images) is Tensor:
+        if len(_known) >= KNOWN:
+            _known.clear()
+        arguments = *plan.tables, mix, plan.sizes, None, None, None, None
+        _known[images.shape, dtype, images.device, size, hflip, vflip] = arguments
+    return result
 
 
 class FusedTransform(nn.Module):
@@ -196,41 +221,49 @@ def _is_plain(images: Tensor) -> bool:
 def _apply(images, plan, mix, affine, row_index, column_index, dtype, out) -> Tensor:
     if _ops.forward is None:
         _ops.load()
-    arguments = mix, affine, row_index, column_index, *plan.sizes, dtype
+    options = affine, row_index, column_index, dtype
     try:
         if out is not None:
             _check_out(images, out)
-            _ops.forward_out(images, *plan.tables, *arguments, out)
+            _ops.forward_out(images, *plan.tables, mix, plan.sizes, *options, out)
             return out
         if _is_plain(images):
-            return _ops.forward(images, *plan.tables, *arguments)
-        return _apply_recorded(images, (*plan.tables, *plan.transposed()), *arguments)
+            return _ops.forward(images, *plan.tables, mix, plan.sizes, *options)
+        tables = *plan.tables, *plan.transposed()
+        return _apply_recorded(images, tables, mix, plan.sizes.tolist(), *options)
     except NotImplementedError as error:
         raise _no_kernel(images) or error from error
 
 
-def _apply_recorded(images, tables, mix, affine, *arguments) -> Tensor:
+def _apply_recorded(images, tables, mix, sizes, affine, row_index, column_index, dtype) -> Tensor:
     """The same where a derivative or a trace may be wanted. The operator itself is linear, so what
     clamps comes after it."""
-    dtype = arguments[-1]
+    dtype = dtype or _result_type(images.dtype)
     low_high = None
     if affine is not None and dtype.is_floating_point and bool(affine[:, 1:].isfinite().any()):
         low_high = affine[:, 1:].to(images.device, dtype).T[..., None, None]
         affine = torch.cat([affine[:, :1], affine.new_tensor([[-inf, inf]]).expand(len(mix), 2)], 1)
     traced = torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active()
     apply = torch.ops.fused_transform.differentiable.default if traced else _ops.Map.apply
-    out = apply(images, *tables, mix, affine, *arguments)
+    out = apply(images, *tables, mix, affine, row_index, column_index, *sizes, dtype)
     return out if low_high is None else out.clamp(*low_high)
 
 
 def _traced(images, tables, sizes, mix, affine, row_index, column_index, dtype, out) -> Tensor:
     """For torch.compile."""
-    arguments = mix, affine, row_index, column_index, *sizes, dtype
+    options = affine, row_index, column_index, dtype
     if out is None:
-        return _apply_recorded(images, tables, *arguments)
+        return _apply_recorded(images, tables, mix, sizes, *options)
     _check_out(images, out)
-    torch.ops.fused_transform.separable_map_out.default(images, *tables[:2], *arguments, out)
+    table = _sizes_table(*sizes)
+    op = torch.ops.fused_transform.separable_map_out.default
+    op(images, *tables[:2], mix, table, *options, out)
     return out
+
+
+@torch.compiler.assume_constant_result
+def _sizes_table(*sizes: int) -> Tensor:
+    return sizes_tensor(*sizes)
 
 
 @torch.compiler.assume_constant_result

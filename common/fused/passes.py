@@ -169,7 +169,7 @@ class Passes:
         if clamps and native:
             self.roundings += 1  # never in one pass
         dtype = torch.float64 if self.dtype == torch.float64 or native else torch.float32
-        make = _resizes(old, new, mode, antialias, dtype, boxes)
+        make = b.resize_axes(old, new, mode, antialias, dtype, boxes)
         if native and self.exact:
             make = [b.quantized(bands, 30 if self.pil else 15) for bands in make]
             if old[0] != height and old[1] != width:
@@ -230,23 +230,6 @@ class Passes:
                 self.scale([1 / 255], [0.0])
         self.touched |= dtype != self.dtype
         self.dtype = dtype
-
-
-def _resizes(old, new, mode, antialias, dtype, boxes) -> list[Bands]:
-    """Of rows and columns."""
-    if boxes is None:
-        return [b.resize(old[a], new[a], mode, antialias, dtype) for a in range(2)]
-    starts, lengths = boxes[:2], boxes[2:]
-    if new[0] != new[1]:
-        return [
-            b.resize(old[a], new[a], mode, antialias, dtype, start=starts[a], length=lengths[a])
-            for a in range(2)
-        ]
-    both = b.resize(
-        0, new[0], mode, antialias, dtype, start=starts.flatten(), length=lengths.flatten()
-    )
-    halves = zip(both.first.chunk(2), both.count.chunk(2), both.weight.chunk(2), strict=True)
-    return [Bands(*half, size) for half, size in zip(halves, old, strict=True)]
 
 
 @lru_cache(maxsize=256)
