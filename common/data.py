@@ -148,18 +148,18 @@ def to_float(images: Tensor) -> Tensor:
     return images.float().mul_(1 / 255)
 
 
-def synthetic(size: int, seed: int) -> Tensor:
-    """(size, 3, 32, 32) uint8 images with the two statistics of natural ones that a linear map
+def synthetic(size: int, seed: int, height: int = 32, width: int = 32) -> Tensor:
+    """(size, 3, height, width) uint8 images with the two statistics of natural ones that a linear map
     can see: an amplitude spectrum of 1/f, and channels that are mostly one brightness (Field 1987;
     Ruderman, Cronin, Chiao 1998). Brightness and contrast vary from image to image."""
     generator = torch.Generator().manual_seed(seed)
-    fy, fx = torch.fft.fftfreq(32)[:, None], torch.fft.rfftfreq(32)[None, :]
-    frequency = (fx.square() + fy.square()).sqrt().clamp(min=1 / 32)
-    images = torch.empty(size, 3, 32, 32, dtype=torch.uint8)
+    fy, fx = torch.fft.fftfreq(height)[:, None], torch.fft.rfftfreq(width)[None, :]
+    frequency = (fx.square() + fy.square()).sqrt().clamp(min=1 / max(height, width))
+    images = torch.empty(size, 3, height, width, dtype=torch.uint8)
     for chunk in images.split(1000):
         n = len(chunk)
-        noise = torch.randn(n, 3, 32, 32, generator=generator)
-        field = torch.fft.irfft2(torch.fft.rfft2(noise) / frequency)
+        noise = torch.randn(n, 3, height, width, generator=generator)
+        field = torch.fft.irfft2(torch.fft.rfft2(noise) / frequency, s=(height, width))
         field = field / field.std(dim=(1, 2, 3), keepdim=True)
         field = field[:, :1] + 0.4 * field
         contrast = torch.empty(n, 1, 1, 1).uniform_(0.1, 0.35, generator=generator)

@@ -112,9 +112,62 @@ def _git(*command: str) -> str | None:
 def processor() -> tuple[str, bool]:
     """The processor's name, which platform.processor() does not know on Linux, and whether it has
     AMX, without which bfloat16 is slow."""
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        text = ""
+    text = _read("/proc/cpuinfo")
     name = re.search(r"model name\s*: (.*)", text)
     return name[1] if name else platform.processor() or platform.machine(), "amx_bf16" in text
+
+
+# From the least to the most: what decides how fast a processor is here, by its flag in cpuinfo.
+INSTRUCTION_SETS = {
+    "avx2": "avx2",
+    "avx512f": "avx512",
+    "avx512_bf16": "avx512-bf16",
+    "amx_bf16": "amx",
+    "asimd": "neon",
+    "sve": "sve",
+}
+
+
+def hardware() -> dict[str, Any]:
+    """More of the machine, kept with figures that are times: instruction sets, caches, memory."""
+    flags = _read("/proc/cpuinfo").split()
+    caches = {}
+    for folder in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
+        level, kind, size = (_read(folder / name) for name in ("level", "type", "size"))
+        caches[f"L{level}{kind[:1].lower() if kind != 'Unified' else ''}"] = size
+    try:
+        memory = round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1)
+    except (ValueError, OSError):
+        memory = None
+    return {
+        "instruction_sets": [name for flag, name in INSTRUCTION_SETS.items() if flag in flags],
+        "caches": caches,
+        "memory_gb": memory,
+        "driver": _driver(),
+    }
+
+
+def machine_name(environment: dict[str, Any], gpu: bool) -> str:
+    """What tells apart machines that run apart: the GPU, or the processor and its widest
+    instruction set, fit for a file's name. environment: with `hardware`'s keys."""
+    name = environment["gpu"]
+    if not gpu:
+        name = " ".join([environment["processor"], *environment["instruction_sets"][-1:]])
+    return re.sub("[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def _read(path: Path | str) -> str:
+    try:
+        return Path(path).read_text().strip()
+    except OSError:
+        return ""
+
+
+def _driver() -> str | None:
+    """The NVIDIA driver's version."""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        return done.stdout.split()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        return None
