@@ -132,21 +132,23 @@ def autocast(args: argparse.Namespace) -> torch.autocast:
     return torch.autocast(args.device, torch.bfloat16, enabled=args.precision == "bf16")
 
 
-def warn_if_emulated(args: argparse.Namespace) -> None:
-    """One line on stderr where --precision bf16 is slower than fp32, as on processors that emulate
-    it: one convolution of the CNN in both, the fastest of three runs."""
-    if args.precision == "fp32" or args.device != "cpu":
-        return
+def bfloat16_factor() -> float:
+    """How many times slower bfloat16 is than float32 on this CPU: one convolution of the CNN in
+    both, the fastest of three runs each. Processors without units for bfloat16 emulate it."""
     seconds = {}
-    for dtype in (torch.float32, torch.bfloat16):  # without random numbers: the run has its own
+    for dtype in (torch.float32, torch.bfloat16):  # without random numbers: a run has its own
         image, weight = (
             torch.ones(shape, dtype=dtype) for shape in ((1, 64, 30, 30), (64, 64, 4, 4))
         )
         convolve = partial(torch.nn.functional.conv2d, image, weight)
         convolve()
         seconds[dtype] = min(timeit.repeat(convolve, number=1, repeat=3))
-    factor = seconds[torch.bfloat16] / seconds[torch.float32]
-    if factor > 1.5:
+    return seconds[torch.bfloat16] / seconds[torch.float32]
+
+
+def warn_if_emulated(args: argparse.Namespace) -> None:
+    """One line on stderr where --precision bf16 is slower than fp32."""
+    if args.precision == "bf16" and args.device == "cpu" and (factor := bfloat16_factor()) > 1.5:
         print(
             f"warning: --precision bf16 is {factor:.0f} times slower than fp32 on this processor",
             file=sys.stderr,

@@ -30,6 +30,7 @@ def quick(monkeypatch, tmp_path):
     monkeypatch.setattr(bench, "GROWTH", (1, 10))
     monkeypatch.setattr(bench, "GROWTH_BUDGET_S", 0)
     monkeypatch.setattr(bench, "LEAST_RUNS", 1)
+    monkeypatch.setattr(bench.cli, "bfloat16_factor", lambda: 1.0)
     for chart in ("bench_bars", "bench_growth"):
         monkeypatch.setattr(figures, chart, lambda path, *args: path.touch())
     monkeypatch.chdir(tmp_path)
@@ -130,6 +131,15 @@ def test_a_wrong_kernel_gets_no_time(monkeypatch, capsys):
     assert rows["tensor", "matmul"]["median_s"] > 0
     out = capsys.readouterr().out
     assert any(line.startswith("fused ") and "no time" in line for line in out.splitlines())
+
+
+def test_emulated_bfloat16_gets_no_time(monkeypatch):
+    monkeypatch.setattr(bench.cli, "bfloat16_factor", lambda: 25.0)
+    _, rows = run()
+    for name in ("fc bf16", "cnn bf16"):
+        assert rows["tensor", name]["median_s"] is None
+        assert rows["report", name]["note"].endswith("emulated, 25 times slower")
+    assert rows["tensor", "fc"]["median_s"] > 0
 
 
 def test_a_row_that_raises_costs_only_itself(monkeypatch):
