@@ -30,7 +30,7 @@ TOLERANCE = {
 
 def grad_tolerance(dtype):
     """Of the gradient's norm. A ReLU or a maximum that is within rounding of a tie may fall either
-    way, then all of its gradient differs: of the squares a share like the relative error, times 4."""
+    way, then all of its gradient differs: a share of squares like the relative error, times 4."""
     return 2 * TOLERANCE[dtype] ** 0.5
 
 
