@@ -216,7 +216,7 @@ def second_derivative(loss):
 
 
 def test_second_derivative():
-    """That of the MSE alone is constant: 2 / n times the first derivative times 2."""
+    """That of all six terms: the MSE alone would give 2 / n times the identity."""
     loss = loss_of("random")
     fast_results = second_derivative(loss)
     assert fast_cpu.status()["vgg"] == "fast"
