@@ -1,20 +1,32 @@
 """Builds the fused operator ahead of time: `python setup.py build_ext --inplace`, or
-`pip install --no-build-isolation .`
+`pip install --no-build-isolation .`, which installs the package `fused_transform` alone.
 
 FORCE_CUDA=1 builds the CUDA kernel without a visible GPU (then set TORCH_CUDA_ARCH_LIST),
 FORCE_CUDA=0 leaves it out; CUDA_HOME, TORCH_CUDA_ARCH_LIST, MAX_JOBS and CXX are respected.
 """
 
+import importlib.util
 import os
-import sys
 from pathlib import Path
 
 import torch
 from setuptools import setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-from common import _build
+# the file alone: importing its package would load the library that is about to be built
+path = Path(__file__).resolve().parent / "common" / "fused" / "_build.py"
+spec = importlib.util.spec_from_file_location("_build", path)
+_build = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(_build)
+
+
+class Wheel(bdist_wheel):
+    """The library is libtorch's alone: it depends on the platform, not on the Python."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return "py3", "none", super().get_tag()[2]
+
 
 force = os.environ.get("FORCE_CUDA")
 cuda = force == "1" or (force != "0" and torch.cuda.is_available() and CUDA_HOME is not None)
@@ -24,16 +36,19 @@ print(f"fused operator: CUDA_HOME={CUDA_HOME} {switches}")
 
 flags = _build.FLAGS + (["-DUSE_CUDA"] if cuda else [])
 extension = (CUDAExtension if cuda else CppExtension)(
-    f"common.{_build.library_name()}",
+    f"fused_transform.{_build.library_name(cuda)}",
     _build.SOURCES + (_build.CUDA_SOURCES if cuda else []),
+    depends=[f"csrc/{file.name}" for file in sorted(_build.ROOT.glob("csrc/*"))],
     extra_compile_args={"cxx": [*flags, "-fvisibility=hidden"], "nvcc": flags},
     py_limited_api=True,  # without Python.h or libtorch_python
 )
 setup(
-    name="fused-transform",
-    version="1.0.0",
-    packages=["common"],
+    packages=["fused_transform"],
+    package_dir={"fused_transform": "common/fused"},
     ext_modules=[extension],
-    cmdclass={"build_ext": BuildExtension.with_options(no_python_abi_suffix=True)},
+    cmdclass={
+        "build_ext": BuildExtension.with_options(no_python_abi_suffix=True),
+        "bdist_wheel": Wheel,
+    },
     options={"build_ext": {"force": True}},  # ninja sees what is new; setuptools not every switch
 )

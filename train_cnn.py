@@ -7,6 +7,7 @@ a VGG16 perceptual loss.
     python train_cnn.py --perceptual           the perceptual loss at 224 px, meant for a GPU
     python train_cnn.py --perceptual --vgg-size 64 --precision bf16        on a CPU with AMX
     python train_cnn.py --perceptual --compare runs/cnn/best.pt            another CNN beside it
+    python train_cnn.py --plain                without the CPU fast path (common/fast_cpu.py)
     python train_cnn.py --resume               go on after Ctrl-C or a crash
 
 Expected on CIFAR-10: behind the fixed flip 99.9 % of the test images at a cosine similarity of
@@ -15,6 +16,12 @@ epoch of 45,000 images takes three to four minutes on two CPU cores, with --prec
 that have AMX 40 seconds, and there with the perceptual loss at 64 px seven minutes.
 """
 
+if __name__ == "__main__":  # Ctrl-C during the imports ends the script without a traceback
+    import signal
+
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import math
 import os
 from pathlib import Path
@@ -22,7 +29,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from common import cli, distributed
+from common import cli, distributed, fast_cpu
 from common.checkpoints import claim, load_checkpoint
 from common.data import load_data
 from common.early_stopping import EarlyStopping
@@ -39,16 +46,22 @@ def main() -> None:
     parser.add_argument("--perceptual", action="store_true", help="add the VGG16 loss to the MSE")
     parser.add_argument(
         "--vgg-weights",
-        default=os.environ.get("VGG16_WEIGHTS", "imagenet"),
+        type=cli.path,
+        default=os.environ.get("VGG16_WEIGHTS") or "imagenet",
         metavar="{imagenet,random,PATH}",
         help="default: $VGG16_WEIGHTS, else imagenet",
     )
     parser.add_argument("--vgg-size", type=cli.number(int, 32), default=224, help="pixels")
     parser.add_argument("--flip", choices=["learned", "fixed"], default="learned")
-    parser.add_argument("--compare", metavar="PATH", help="best.pt of another CNN, shown beside it")
-    args = cli.parse(parser, lambda args: "runs/cnn-perceptual" if args.perceptual else "runs/cnn")
+    parser.add_argument("--plain", action="store_true", help="no CPU fast path (FAST_CPU=0)")
+    parser.add_argument(
+        "--compare", type=cli.path, metavar="PATH", help="best.pt of another CNN, shown beside it"
+    )
+    args = cli.parse(parser, "cnn")  # the default of --out: runs/cnn
     if args.dry_run:
         args.vgg_size = 32
+    if args.plain:
+        fast_cpu.enable(False)
     torch.manual_seed(args.seed)
     device = distributed.init(args)
     claim(args)  # --out: one run at a time

@@ -21,13 +21,22 @@ _locks: list[int] = []  # open folders
 
 
 def claim(args: argparse.Namespace) -> None:
-    """Locks --out for this run; on the first rank. Raises UserError, also where --resume finds
-    nothing to resume."""
+    """Locks --out for this run; on the first rank. Sets --resume auto to whether there is a run.
+    Raises UserError where --resume finds nothing to resume, and where --out holds another run that
+    nobody has asked to replace."""
     folder = Path(args.out)
     if distributed.rank() == 0:
         lock(folder)
-    if args.resume and not (folder / "last.pt").exists():
-        raise UserError(f"--resume: there is no {folder / 'last.pt'}; leave --resume out to start")
+    last = folder / "last.pt"
+    if args.resume == "auto" and not last.exists():
+        args.resume = None
+    if args.resume and not last.exists():
+        raise UserError(f"--resume: there is no {last}; leave --resume out to start")
+    if last.exists() and not args.resume and not args.overwrite:
+        raise UserError(
+            f"{folder} holds a run; to go on with it: {distributed.resume_command()} "
+            "(or replace it with --overwrite, or name another folder with --out)"
+        )
 
 
 def lock(folder: Path) -> None:
@@ -62,16 +71,24 @@ def write(path: Path, content: Callable[[Any], None]) -> None:
     that a crash or a full disk leaves the old one whole. Raises UserError where it cannot."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
+        content(memory := io.BytesIO())  # torch.save hides the cause where a disk is full
         with open(temporary, "wb") as file:
-            content(file)
+            file.write(memory.getbuffer())
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:
+    except OSError as error:
         with suppress(OSError):
             temporary.unlink()
-        cause = error.__context__ or error  # of a full disk torch.save makes a RuntimeError
-        raise UserError(f"cannot write {path}: {cause}") from error
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def remove(path: Path) -> None:
+    """Removes a file where it exists. Raises UserError where it cannot."""
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot remove {path}: {error.strerror}") from error
 
 
 def write_text(path: Path, text: str) -> None:
@@ -108,7 +125,17 @@ def load_checkpoint(path: Path, model: nn.Module) -> dict[str, Any]:
 
 # A resumed run is the same run: only these flags may change, and the number of ranks, which is no
 # flag.
-MAY_CHANGE = {"compare", "data_dir", "test_data", "device", "epochs", "out", "resume", "wandb"}
+MAY_CHANGE = {
+    "compare",
+    "data_dir",
+    "test_data",
+    "device",
+    "epochs",
+    "out",
+    "overwrite",
+    "resume",
+    "wandb",
+}
 
 
 def check_flags(saved: dict[str, Any], args: argparse.Namespace, fixed: set[str]) -> None:

@@ -1,4 +1,4 @@
-"""The flags of the scripts, and what a mistake looks like: one line and exit code 2."""
+"""The flags of the scripts, and their errors: one line on stderr and exit code 2."""
 
 import argparse
 import math
@@ -6,8 +6,10 @@ import os
 import re
 import signal
 import sys
+import timeit
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +36,9 @@ def number(kind: type, low: float, *, above: bool = False) -> Callable[[str], An
 
     def parse(text: str):
         value = kind(text)
-        if not (value < (2**31 if kind is int else math.inf)):
+        if math.isnan(value):
+            raise argparse.ArgumentTypeError(f"{text} is not a number")
+        if value >= (2**31 if kind is int else math.inf):
             raise argparse.ArgumentTypeError(f"{text} is too large")
         if not (value > low if above else value >= low):
             raise argparse.ArgumentTypeError(f"{text} is not {'>' if above else '>='} {low}")
@@ -44,13 +48,20 @@ def number(kind: type, low: float, *, above: bool = False) -> Callable[[str], An
     return parse
 
 
+def path(text: str) -> str:
+    """An argparse type: a path, "~" expanded, that is not empty."""
+    if not text:
+        raise argparse.ArgumentTypeError("the path is empty")
+    return os.path.expanduser(text)
+
+
 def parser(doc: str, *, epochs: int, batch_size: int, lr: float) -> Parser:
     """The flags that both training scripts have. doc: the script's docstring."""
     p = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     count = number(int, 1)
     # data
     p.add_argument("--data", choices=["auto", "cifar10", "synthetic"], default="auto")
-    p.add_argument("--data-dir", default=os.environ.get("DATA_DIR", "data"), help="%(default)s")
+    data_dir(p)
     p.add_argument("--test-data", choices=["same", "cifar10", "synthetic"], default="same")
     p.add_argument(
         "--train-size", type=number(int, 2), metavar="N", help="images, of which a tenth validates"
@@ -67,8 +78,15 @@ def parser(doc: str, *, epochs: int, batch_size: int, lr: float) -> Parser:
     p.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     p.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
     # output
-    p.add_argument("--out", help="the run's folder (default: runs/ and the model's name)")
-    p.add_argument("--resume", action="store_true", help="go on from last.pt in --out")
+    p.add_argument("--out", type=path, help="the run's folder (default: runs/ and the variant)")
+    p.add_argument(
+        "--resume",
+        nargs="?",
+        choices=["must", "auto"],
+        const="must",
+        help="go on from last.pt in --out; auto: start where there is none, for requeued jobs",
+    )
+    p.add_argument("--overwrite", action="store_true", help="replace the run in --out")
     p.add_argument(
         "--wandb",
         choices=["online", "offline", "disabled"],
@@ -78,16 +96,33 @@ def parser(doc: str, *, epochs: int, batch_size: int, lr: float) -> Parser:
     return p
 
 
-def parse(p: Parser, out: Callable[[argparse.Namespace], str]) -> argparse.Namespace:
-    """The flags. out: the flags -> the default of --out."""
+def data_dir(p: Parser) -> None:
+    """Adds --data-dir."""
+    default = os.environ.get("DATA_DIR") or "data"
+    p.add_argument("--data-dir", type=path, default=default, help="default: $DATA_DIR, else data")
+
+
+# What tells two trainings apart beside their numbers: each has a default folder of its own.
+VARIANTS = ("model", "init", "flip", "perceptual", "data", "stop_rule", "precision")
+
+
+def parse(p: Parser, name: str) -> argparse.Namespace:
+    """The flags. The default of --out is runs/NAME and each variant that is not the default."""
     args = p.parse_args()
+    if args.resume and args.overwrite:
+        p.error("--resume goes on with a run and --overwrite replaces it: give one of them")
     if args.wandb not in ("online", "offline", "disabled"):  # argparse does not check defaults
         p.error(f"WANDB_MODE is {args.wandb!r}, not online, offline or disabled")
     if args.dry_run:
         for key, most in DRY_RUN.items():
             asked = getattr(args, key)
             setattr(args, key, most if asked is None else min(asked, most))
-    args.out = args.out or out(args) + ("-dry-run" if args.dry_run else "")
+    if args.out is None:
+        special = [key for key in VARIANTS if getattr(args, key, None) != p.get_default(key)]
+        values = [key if key == "perceptual" else getattr(args, key) for key in special]
+        words = [name, *(value for value in values if value != "cifar10")]
+        args.out = "runs/" + "-".join([*words, *(["dry-run"] if args.dry_run else [])])
+        args.overwrite |= args.dry_run and not args.resume  # a dry run is worth nothing
     vars(_parsed).update(vars(args))
     return args
 
@@ -97,10 +132,59 @@ def autocast(args: argparse.Namespace) -> torch.autocast:
     return torch.autocast(args.device, torch.bfloat16, enabled=args.precision == "bf16")
 
 
+def warn_if_emulated(args: argparse.Namespace) -> None:
+    """One line on stderr where --precision bf16 is slower than fp32, as on processors that emulate
+    it: one convolution of the CNN in both, the fastest of three runs."""
+    if args.precision == "fp32" or args.device != "cpu":
+        return
+    seconds = {}
+    for dtype in (torch.float32, torch.bfloat16):  # without random numbers: the run has its own
+        image, weight = (
+            torch.ones(shape, dtype=dtype) for shape in ((1, 64, 30, 30), (64, 64, 4, 4))
+        )
+        convolve = partial(torch.nn.functional.conv2d, image, weight)
+        convolve()
+        seconds[dtype] = min(timeit.repeat(convolve, number=1, repeat=3))
+    factor = seconds[torch.bfloat16] / seconds[torch.float32]
+    if factor > 1.5:
+        print(
+            f"warning: --precision bf16 is {factor:.0f} times slower than fp32 on this processor",
+            file=sys.stderr,
+        )
+
+
+class Stream:
+    """stdout or stderr that cannot fail: what a closed pipe or a full disk cannot take is dropped,
+    since the run's files hold the same."""
+
+    def __init__(self, stream: Any) -> None:
+        self.stream = stream
+        with suppress(AttributeError):  # no stream, or a stand-in
+            stream.reconfigure(errors="backslashreplace")  # a file name may be no valid text
+
+    def write(self, text: str) -> int:
+        self._try(lambda: self.stream.write(text))
+        return len(text)
+
+    def flush(self) -> None:
+        self._try(lambda: self.stream.flush())
+
+    def _try(self, action: Callable[[], Any]) -> None:
+        try:
+            action()
+        except (OSError, ValueError, AttributeError):
+            with suppress(OSError, ValueError, AttributeError):  # nothing is left to fail at exit
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+
 def run(main: Callable[[], None]) -> None:
     """Calls a script's main; a user's mistake becomes one line and exit code 2."""
-    with suppress(AttributeError):  # no stdout, or a stand-in
-        sys.stdout.reconfigure(errors="backslashreplace")  # a file name may be no valid text
+    sys.stdout, sys.stderr = Stream(sys.stdout), Stream(sys.stderr)
+    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # as the script set it for its imports
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         main()
         if dist.is_initialized():

@@ -1,6 +1,9 @@
 """CIFAR-10 from disk or by download, synthetic images, and both as uint8 tensors in batches."""
 
 import argparse
+import shutil
+import sys
+import tarfile
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -51,11 +54,7 @@ def load_data(args: argparse.Namespace, device: torch.device) -> Data:
             device=device,
         )
     args.data = data.name
-    count = len(data.train.images)
-    if args.batch_size > count:
-        raise UserError(
-            f"--batch-size {args.batch_size} is larger than the {count} training images"
-        )
+    args.batch_size = min(args.batch_size, len(data.train.images))
     return data
 
 
@@ -70,6 +69,8 @@ def load(
     Raises UserError for data that are missing, damaged or fewer than asked for.
     """
     name = choose(name, root)
+    if test_name == "cifar10":
+        choose(test_name, root)
     test_name = name if test_name == "same" else test_name
     pool = images(name, root, True, train_size, seed)
     test = images(test_name, root, False, test_size, seed)
@@ -80,11 +81,35 @@ def load(
 
 
 def choose(name: str, root: str) -> str:
-    """What "auto" stands for: "cifar10" where `root` holds it, else "synthetic"; says which."""
+    """What "auto" stands for: "cifar10" where `root` holds it, else "synthetic", with a warning.
+    Raises UserError for a folder that was named, so is not the default "data", and does not hold
+    CIFAR-10: under "auto", and where CIFAR-10 lies beside or above it instead."""
+    folder = Path(root)
+    if name == "synthetic" or cifar10_on_disk(folder):
+        return "cifar10" if name == "auto" else name
+    if folder != Path("data"):
+        whole = folder.resolve()
+        near = [place for place in (whole.parent, *_folders(whole), *_folders(whole.parent))
+                if cifar10_on_disk(place)]  # fmt: skip
+        if near:
+            raise UserError(f"--data-dir {root} holds no CIFAR-10; {near[0]} does")
+        if name == "auto":
+            missing = "" if folder.is_dir() else ": no such folder"
+            raise UserError(
+                f"--data-dir {root} holds no CIFAR-10{missing}; name the folder that holds "
+                f"{CIFAR10.base_folder}, or use --data synthetic"
+            )
     if name == "auto":
-        name = "cifar10" if cifar10_on_disk(Path(root)) else "synthetic"
-        print(f"data: {name}" + (f" ({root} holds no CIFAR-10)" if name == "synthetic" else ""))
+        name = "synthetic"
+        print(f"warning: {root} holds no CIFAR-10: synthetic images instead", file=sys.stderr)
     return name
+
+
+def _folders(folder: Path) -> list[Path]:
+    try:
+        return sorted(each for each in folder.iterdir() if each.is_dir())
+    except OSError:
+        return []
 
 
 def _with_targets(images: Tensor) -> Split:
@@ -150,15 +175,28 @@ def cifar10(root: Path, train: bool) -> Tensor:
         _download(root)
     folder = root / CIFAR10.base_folder
     try:
+        if not folder.is_dir():
+            _extract(root)
         before = _stamps(folder)
-        # `download` only extracts here: the archive lies on disk
-        dataset = CIFAR10(root, train=train, download=not folder.is_dir())
+        dataset = CIFAR10(root, train=train)
         if before and _stamps(folder) != before:  # between its md5 and its reading, it may be
             raise OSError("it was changed while it was read; start again")
     except Exception as error:  # torchvision, tarfile and pickle each raise their own
         _name_the_damaged_file(root)
         raise UserError(f"CIFAR-10 in {root} cannot be read: {error}") from error
     return torch.from_numpy(dataset.data).permute(0, 3, 1, 2).contiguous()
+
+
+def _extract(root: Path) -> None:
+    """Extracts the archive, whatever its md5: that of each file in it is checked when it is read.
+    The folder appears in one step."""
+    temporary = root / f".{CIFAR10.base_folder}.tmp"
+    try:
+        with tarfile.open(root / CIFAR10.filename) as archive:
+            archive.extractall(temporary, filter="data")
+        (temporary / CIFAR10.base_folder).replace(root / CIFAR10.base_folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def cifar10_on_disk(root: Path) -> bool:
@@ -210,7 +248,7 @@ def _download(root: Path) -> None:
                 file.write(chunk)
                 bar.update(len(chunk))
         if calculate_md5(temporary) != CIFAR10.tgz_md5:
-            raise OSError("what came has another md5")
+            raise OSError("the downloaded file has another md5")
         temporary.replace(archive)
     except OSError as error:
         raise UserError(

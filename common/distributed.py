@@ -17,7 +17,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from common import UserError
 
-LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
 # While the first rank downloads, the others wait.
 SETUP_TIMEOUT = timedelta(hours=1)
 # For a rank that hangs, longer than any load can hold one up; a rank that died is noticed
@@ -46,6 +45,22 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def _setting(name: str, default: str | None = None) -> int:
+    """An integer that torchrun puts into the environment. Raises UserError."""
+    text = os.environ.get(name, default)
+    if text is None or not text.isdecimal():
+        raise UserError(
+            f"WORLD_SIZE is {os.environ['WORLD_SIZE']!r} and {name} is {text!r}: start several "
+            "processes with torchrun, or unset WORLD_SIZE"
+        )
+    return int(text)
+
+
+def local_rank() -> int:
+    """The number of this process on its machine."""
+    return _setting("LOCAL_RANK", "0") if dist.is_initialized() else 0
+
+
 def devices(asked: str) -> list[str]:
     """What --device stands for, the fastest last: auto is the CPU, and CUDA where there is one.
     Raises UserError."""
@@ -62,13 +77,18 @@ def init(args: argparse.Namespace) -> torch.device:
     UserError."""
     args.device = devices(args.device)[-1]
     device = torch.device(args.device)
-    if device.type == "cuda":
-        if torch.cuda.device_count() <= LOCAL_RANK:
-            raise UserError(f"--nproc_per_node: at most {torch.cuda.device_count()}, a GPU each")
-        torch.cuda.set_device(LOCAL_RANK)
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if "WORLD_SIZE" in os.environ and _setting("WORLD_SIZE") > 1:
+        local, _ = _setting("LOCAL_RANK"), _setting("RANK")
+        if device.type == "cuda":
+            if torch.cuda.device_count() <= local:
+                count = torch.cuda.device_count()
+                raise UserError(f"--nproc_per_node: at most {count}, one for each GPU")
+            torch.cuda.set_device(local)
         backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=SETUP_TIMEOUT)
+        try:
+            dist.init_process_group(backend, timeout=SETUP_TIMEOUT)
+        except (ValueError, dist.DistError) as error:  # e.g. no MASTER_ADDR
+            raise UserError(f"cannot join the other processes: {error}; use torchrun") from error
     if rank() > 0:
         sys.stdout = None  # print then does nothing
     return device
@@ -77,10 +97,10 @@ def init(args: argparse.Namespace) -> torch.device:
 @contextmanager
 def first_rank_first() -> Iterator[None]:
     """The first rank of each machine runs the block before the others, which find its files."""
-    if LOCAL_RANK > 0 and dist.is_initialized():
+    if dist.is_initialized() and local_rank() > 0:
         dist.barrier()
     yield
-    if LOCAL_RANK == 0 and dist.is_initialized():
+    if dist.is_initialized() and local_rank() == 0:
         dist.barrier()
 
 
@@ -124,5 +144,7 @@ def is_lost(error: RuntimeError) -> bool:
 def resume_command() -> str:
     """The command of this run with --resume."""
     several = ["torchrun", "--standalone", f"--nproc_per_node={world_size()}"]
-    resume = [] if "--resume" in sys.argv else ["--resume"]
-    return shlex.join([*(several if world_size() > 1 else ["python"]), *sys.argv, *resume])
+    flags = [flag for flag in sys.argv[1:] if flag != "--overwrite"]
+    resume = [] if any(flag.startswith("--resume") for flag in flags) else ["--resume"]
+    start = several if world_size() > 1 else ["python"]
+    return shlex.join([*start, sys.argv[0], *flags, *resume])

@@ -1,16 +1,18 @@
 """The pictures: the loss over the epochs, a grid of samples, the benchmark's two charts."""
 
+import os
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 from torch import Tensor
 
 from common.checkpoints import write
 from common.data import Split
 from common.metrics import cosine
 
-matplotlib.use("Agg")  # no screen needed
+# No screen is needed. matplotlib would fail at its import with a backend that is not installed,
+# such as that of a notebook from which a script was started.
+os.environ["MPLBACKEND"] = "agg"
 from matplotlib import pyplot as plt
 
 

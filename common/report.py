@@ -14,7 +14,7 @@ import torch
 import torchvision
 from torch import nn
 
-from common import distributed, figures, metrics
+from common import distributed, fast_cpu, figures, metrics
 from common.checkpoints import write_text
 from common.data import Data
 from common.evaluate import predict
@@ -42,6 +42,7 @@ def write_report(run: Run, models: dict[str, nn.Module], loss_fn: nn.Module, dat
             "test_name": data.test_name,
             **{name: len(getattr(data, name).images) for name in ("train", "val", "test")},
         },
+        "fast_cpu": fast_cpu.status(),
         "epochs": run.epoch,
         "best_epoch": best_epoch,
         "stopped_early": run.stopped,
@@ -60,8 +61,6 @@ def write_report(run: Run, models: dict[str, nn.Module], loss_fn: nn.Module, dat
     if run.history:
         pictures.append(run.out / "loss.png")
         figures.loss_curve(pictures[1], run.history, best_epoch, run.stopped, title)
-    else:
-        (run.out / "loss.png").unlink(missing_ok=True)  # of an older run
     run.log.finish(result, pictures)
     print_table(result, label)
 

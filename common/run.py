@@ -25,15 +25,18 @@ from common.checkpoints import (
     check_flags,
     load_checkpoint,
     random_state,
+    remove,
     set_random_state,
     write,
     write_text,
 )
+from common.cli import warn_if_emulated
 from common.data import Split, batches
 from common.wandb_log import WandbLog
 
 SAVE_EVERY = 180  # seconds: the most that a SIGKILL in a long epoch can cost
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # SIGHUP: the terminal is gone
+ENDS_WITH = ("metrics.json", "samples.png", "loss.png")  # what is left when a run has ended
 # The part of a run that is neither in its `parts` nor a flag, with its value before it begins.
 STATE = ("history", "stopped", "seconds_to_98", "step", "sums", "seconds", "wandb")
 
@@ -60,16 +63,25 @@ class Run:
         return len(self.history)
 
     def start(self) -> None:
-        """Restores last.pt under --resume, starts wandb, and from here on defers signals: the
-        first SIGINT or SIGTERM ends the run after its step, a second one at once. Raises
-        UserError for a checkpoint that is damaged or of another run."""
+        """Restores last.pt under --resume, else removes the run that --overwrite replaces; starts
+        wandb, and from here on defers signals: the first SIGINT, SIGTERM or SIGHUP ends the run
+        after its step, a second one at once. Raises UserError for checkpoints that are damaged or
+        of another run."""
+        stale = ENDS_WITH
         if self.args.resume:
             self._restore()
-        elif self.args.epochs == 0:
+        else:
+            stale += ("last.pt", "best.pt", "history.jsonl")
+        if distributed.rank() == 0:
+            for name in stale:
+                remove(self.out / name)
+        if self.args.epochs == 0 and not self.args.resume:
             self._write()
         self.log = WandbLog(self.args, self.wandb)
+        warn_if_emulated(self.args)
         for number in SIGNALS:
-            signal.signal(number, self._on_signal)
+            if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
+                signal.signal(number, self._on_signal)
 
     def _on_signal(self, number: int, frame: object) -> None:
         self.signal = number
@@ -168,7 +180,8 @@ class Run:
             return
         last, best_epoch = self._checkpoint(), self.parts["stopping"].best_epoch
         if epoch_is_over and best_epoch == self.epoch:
-            best = {"model": last["model"], "epoch": best_epoch, "args": last["args"]}
+            best = {"model": last["model"], "epoch": best_epoch}
+            best |= {"args": last["args"], "wandb": last["wandb"]}
             write(self.out / "best.pt", lambda file: torch.save(best, file))
         self._write_history()
         write(self.out / "last.pt", lambda file: torch.save(last, file))
@@ -178,6 +191,10 @@ class Run:
         write_text(self.out / "history.jsonl", lines)
 
     def _restore(self) -> None:
+        if (self.out / "best.pt").exists():
+            best = load_checkpoint(self.out / "best.pt", self.parts["model"])
+        else:
+            best = {"epoch": 0}
         path = self.out / "last.pt"
         saved = load_checkpoint(path, self.parts["model"])
         try:
@@ -189,6 +206,11 @@ class Run:
             check_flags(saved["args"], self.args, self.fixed)
             for name, part in self.parts.items():
                 part.load_state_dict(saved[name])
+            # a crash between the two files leaves best.pt of a later epoch, which comes again
+            if best["epoch"] < self.parts["stopping"].best_epoch:
+                raise UserError(f"{self.out / 'best.pt'} is missing or older than {path}")
+            if best["epoch"] and best["wandb"] != saved["wandb"]:
+                raise UserError(f"{self.out / 'best.pt'} is of another run than {path}")
             for name in STATE:
                 setattr(self, name, saved[name])
             set_random_state(saved["random"])
@@ -201,6 +223,7 @@ class Run:
 
 
 def default_signals() -> None:
-    """SIGINT and SIGTERM end the process at once."""
+    """SIGINT, SIGTERM and SIGHUP end the process at once."""
     for number in SIGNALS:
-        signal.signal(number, signal.SIG_DFL)
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)

@@ -21,20 +21,27 @@ class WandbLog:
     def _init(self, args: argparse.Namespace, run_id: str) -> None:
         import wandb
 
-        mode = args.wandb
-        if mode == "online" and not wandb.login(prompt=False):
-            print("wandb: not logged in; offline (`wandb sync` uploads the run later)")
-            mode = "offline"
-        self.run = wandb.init(
-            project=os.environ.get("WANDB_PROJECT", "learned-transforms"),
-            name=Path(args.out).name,
-            dir=os.environ.get("WANDB_DIR", args.out),
-            mode=mode,
-            config=vars(args),
-            id=run_id,
-            resume="allow",
-            settings=wandb.Settings(silent=True, console="off", init_timeout=30),
-        )
+        def start(mode: str) -> None:
+            self.run = wandb.init(
+                project=os.environ.get("WANDB_PROJECT", "learned-transforms"),
+                name=Path(args.out).name,
+                dir=os.environ.get("WANDB_DIR", args.out),
+                mode=mode,
+                config=vars(args),
+                id=run_id,
+                resume="allow",
+                settings=wandb.Settings(silent=True, console="off", init_timeout=30),
+            )
+
+        if args.wandb == "online":
+            try:
+                if not wandb.login(prompt=False):
+                    raise RuntimeError("not logged in")
+                return start("online")
+            except Exception as error:  # whatever it is, the run can be uploaded later
+                why = str(error).splitlines()[0] if str(error) else type(error).__name__
+                print(f"wandb: {why}; offline, upload with `wandb sync`", file=sys.stderr)
+        start("offline")
 
     def _try(self, action: Callable[[], Any]) -> None:
         try:

@@ -1,4 +1,4 @@
-// What both kernels share: the weights of torch's antialiased resize, and a problem's geometry.
+// What both kernels share: bands as they lie in memory, the geometry of a problem, its channel mix.
 #pragma once
 #include <torch/headeronly/core/ScalarType.h>
 
@@ -12,69 +12,61 @@
 
 namespace fused {
 
-FUSED_HD double gray_weight(int channel) {
-  return channel == 0 ? 0.2989 : channel == 1 ? 0.587 : 0.114;
-}
-constexpr int kBatchDims = 8;  // leading dimensions left after merging those that can be merged
+using torch::headeronly::ScalarType;
 
-// A product that no compiler fuses with the sum after it: a rounding decides whether a pixel lies
-// under the filter, and with it where a NaN spreads.
-FUSED_HD double mul(double a, double b) {
-#ifdef __CUDA_ARCH__
-  return __dmul_rn(a, b);
-#else
-  volatile double product = a * b;
-  return product;
-#endif
-}
+constexpr int kBatchDims = 8;     // leading dimensions left after merging those that can be merged
+constexpr int kMaxChannels = 16;  // the mix is passed by value, also to the CUDA kernel
+constexpr int kLanes = 16;        // output pixels in a group: the lanes of one AVX-512 register
+constexpr int kHalf = 8;          // and of one AVX2 register
 
-// One axis of the resize. T is the type torch reckons weights in: double for double, else float.
-// Output pixel o sees the input pixels [first, first + count) through a triangle of the width of
-// one output pixel (at least one input pixel). The steps and roundings are torch's own
-// (aten/src/ATen/native/cpu/UpSampleKernel.cpp), which skips an axis whose size does not change.
-template <typename T>
-struct Axis {
-  int64_t in, out;
-  T scale, support, inverse;
-  int64_t longest;  // no window is longer
+// What Python computes of eight neighbouring output pixels, for the choice of a kernel's loop.
+struct HalfGroup {
+  int32_t low, high;    // they see the input pixels [low, high)
+  int32_t least, most;  // the counts of their taps
+  int32_t spread;       // the largest `first` minus the smallest
+  // Where each `first` is one more than its neighbour's, but for one step of two: how many lanes
+  // come before that step, negative where `first` goes down; else 0.
+  int32_t regular;
+  int32_t unused[2];
+};
 
-  FUSED_HD Axis(int64_t in, int64_t out) : in(in), out(out) {
-    scale = static_cast<T>(in) / static_cast<T>(out);
-    support = scale >= 1 ? scale : T(1);
-    inverse = scale >= 1 ? T(1) / scale : T(1);
-    const int64_t whole = static_cast<int64_t>(support);
-    longest = in == out ? 1 : 2 * (whole + (static_cast<T>(whole) < support)) + 1;
-    if (longest > in) longest = in;
+// One group of kLanes output pixels, followed by its weights, (taps, kLanes) of T. The lanes behind
+// the last output pixel repeat it. A pixel without taps has count 0 and a `first` within the group.
+struct Group {
+  int32_t first[kLanes], count[kLanes];
+  HalfGroup halves[2];
+};
+constexpr int kHeadRows = sizeof(Group) / (kLanes * sizeof(int32_t));  // in rows of the tensor
+static_assert(sizeof(Group) == kHeadRows * kLanes * sizeof(int32_t), "rows of kLanes integers");
+
+// The bands of one axis: an int32 tensor (variants, groups, kHeadRows + taps, kLanes), where the
+// weights are float32 bits, or float64 bits in twice as many rows (common/fused/operator.py).
+// `index` says which variant an image takes: flags, 64-bit integers, or null for variant 0.
+struct Bands {
+  const int32_t* data;
+  int64_t variants, groups, rows, out, in;
+  const void* index;
+  int64_t index_stride;
+  bool flags;
+
+  FUSED_HD int64_t variant(int64_t n) const {
+    if (!index) return 0;
+    if (flags) return static_cast<const bool*>(index)[n * index_stride];
+    const int64_t v = static_cast<const int64_t*>(index)[n * index_stride];
+    return v < 0 ? 0 : v < variants ? v : variants - 1;  // on a GPU nobody has checked it
+  }
+  FUSED_HD const int32_t* table(int64_t n) const {
+    return data + variant(n) * groups * rows * kLanes;
   }
 };
 
-template <typename T>
-struct Window {
-  int64_t first, count;
-  T center;
-};
-
-template <typename T>
-FUSED_HD Window<T> window(const Axis<T>& axis, int64_t o) {
-  if (axis.in == axis.out) return {o, 1, T(0)};
-  const T center = static_cast<T>(mul(axis.scale, static_cast<double>(o) + 0.5));
-  int64_t first = static_cast<int64_t>(static_cast<double>(center - axis.support) + 0.5);
-  int64_t last = static_cast<int64_t>(static_cast<double>(center + axis.support) + 0.5);
-  if (first < 0) first = 0;
-  if (last > axis.in) last = axis.in;
-  int64_t count = last - first;
-  if (count > axis.longest) count = axis.longest;
-  return {first, count < 0 ? 0 : count, center};
+// The group of output pixel o in a table, and the weights of that pixel, one every kLanes.
+FUSED_HD const Group& group_of(const int32_t* table, int64_t rows, int64_t o) {
+  return *reinterpret_cast<const Group*>(table + o / kLanes * rows * kLanes);
 }
-
-// The weight of pixel first + j before the division by the window's sum, which runs from j = 0 up.
 template <typename T>
-FUSED_HD T weight(const Axis<T>& axis, const Window<T>& window, int64_t j) {
-  if (axis.in == axis.out) return T(1);
-  const T distance = static_cast<T>(window.first + j) - window.center;
-  T x = static_cast<T>(mul(static_cast<double>(distance) + 0.5, axis.inverse));
-  if (x < 0) x = -x;
-  return x < 1 ? T(1) - x : T(0);
+FUSED_HD const T* weights_of(const Group& group) {
+  return reinterpret_cast<const T*>(&group + 1);
 }
 
 // Strides in elements; `sizes` and `strides` are of the batch, innermost dimension first.
@@ -93,29 +85,30 @@ struct View {
   }
 };
 
-struct Flip {
-  bool always;
-  const bool* mask;  // one for each image, or null
-  int64_t stride;
-
-  FUSED_HD bool operator()(int64_t n) const { return mask ? mask[n * stride] : always; }
+// target[n, k] = clamp(sum over c of mix[k, c] * rows @ source[n, c] @ columns^T + bias[k]).
+// A coefficient of 0 is no term: a NaN in that channel does not spread.
+template <typename T>
+struct Mix {
+  int in, out;
+  T mix[kMaxChannels * kMaxChannels];  // (out, in)
+  T bias[kMaxChannels], low[kMaxChannels], high[kMaxChannels];
+  bool clamped;
 };
 
-// forward: source (n, 3, height, width) -> target (n, 1, out_height, out_width).
-// backward: source (n, 1, out_height, out_width) -> target (n, 3, height, width).
 struct Problem {
   const void* source;
   void* target;
+  ScalarType from_type, to_type;
   View from, to;
-  Flip hflip, vflip;
-  int64_t images, height, width, out_height, out_width;
+  Bands rows, columns;
+  int64_t images;
 };
 
-// `type` is that of the source; the caller has checked everything. Nothing is empty.
-using torch::headeronly::ScalarType;
-template <bool backward>
-void run_cpu(const Problem& problem, ScalarType type);
-template <bool backward>
-void run_cuda(const Problem& problem, ScalarType type, int32_t device);
+// T is the type of the weights and of the sums. The caller has checked everything; nothing is
+// empty.
+template <typename T>
+void run_cpu(const Problem& problem, const Mix<T>& mix);
+template <typename T>
+void run_cuda(const Problem& problem, const Mix<T>& mix, int32_t device);
 
 }  // namespace fused

@@ -1,5 +1,5 @@
-// The CPU kernel: tables of weights, kept for the next call of the same sizes; the work in tasks
-// over the threads; and code for the widest vectors that the processor has when it runs.
+// The CPU kernel: the work in tasks over the threads, and code for the widest vectors that the
+// processor has when it runs.
 #include <torch/csrc/stable/ops.h>
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
@@ -10,7 +10,6 @@
 #include <memory>
 #include <string>
 #include <type_traits>
-#include <vector>
 
 #include "fused.h"
 
@@ -22,135 +21,154 @@
 namespace fused {
 namespace {
 
-constexpr int64_t kLanes = 16, kRows = 7;  // what 32 registers hold; divides 28 and 224
+using torch::headeronly::BFloat16;
+using torch::headeronly::Half;
 
-int64_t padded(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
+constexpr int kRows = 7;  // rows of sums that fit into 16 or 32 registers; divides 28 and 224
 
-// A banded matrix: row i has weights for the columns [first[i], first[i] + count[i]), no more than
-// `width` of them.
-template <typename T>
-struct Bands {
-  int64_t rows, columns, width;
-  std::vector<int32_t> first, count;  // padded to whole groups of kLanes rows
-  std::vector<T> weight;              // (rows, width)
-  // For vectors, by groups of kLanes rows: (groups, width, kLanes), and the least `first` of a
-  // group, or -1 where its taps do not fit into two registers.
-  std::vector<T> lane_weight;
-  std::vector<int64_t> base;
+// A task of fewer pixels than this costs more to hand to a thread than to do.
+constexpr int64_t kTaskPixels = 1 << 15;
+// A result of this size leaves the caches before anybody reads it: it is written past them.
+constexpr int64_t kStreamBytes = 1 << 23;
+// A plane that is staged must leave room in the first-level cache.
+constexpr int64_t kStageBytes = 1 << 14;
+// Rows end to end are loaded together as far as the ring holds them.
+constexpr int64_t kRingPixels = 2048;
 
-  Bands(int64_t rows, int64_t columns) : rows(rows), columns(columns) {
-    first.resize(padded(rows));
-    count.resize(padded(rows));
+constexpr int64_t whole(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
+
+int64_t size_of(ScalarType type) {
+  switch (type) {
+    case ScalarType::Byte:
+      return 1;
+    case ScalarType::Half:
+    case ScalarType::BFloat16:
+      return 2;
+    case ScalarType::Float:
+      return 4;
+    default:
+      return 8;
   }
+}
 
-  void allocate() {  // once `count` is known
-    width = *std::max_element(count.begin(), count.end());
-    weight.resize(rows * width);
+struct Range {
+  int64_t low, high;
+};
+
+int64_t first_of(const Bands& bands, const int32_t* table, int64_t o) {
+  return group_of(table, bands.rows, o).first[o % kLanes];
+}
+
+// What the output pixels [begin, end) see.
+Range range_of(const Bands& bands, const int32_t* table, int64_t begin, int64_t end) {
+  Range range{bands.in, 0};
+  for (int64_t o = begin; o < end; ++o) {
+    const Group& group = group_of(table, bands.rows, o);
+    const int64_t first = group.first[o % kLanes], count = group.count[o % kLanes];
+    if (count == 0) continue;
+    range = {std::min(range.low, first), std::max(range.high, first + count)};
   }
+  return range.low < range.high ? range : Range{0, 0};
+}
+
+// What all output pixels see.
+Range range_of(const Bands& bands, const int32_t* table) {
+  Range range{bands.in, 0};
+  for (int64_t o = 0; o < bands.out; o += kLanes) {
+    for (const HalfGroup& half : group_of(table, bands.rows, o).halves) {
+      if (half.low == half.high) continue;
+      range = {std::min<int64_t>(range.low, half.low), std::max<int64_t>(range.high, half.high)};
+    }
+  }
+  return range.low < range.high ? range : Range{0, 0};
+}
+
+HalfGroup joined(const HalfGroup& a, const HalfGroup& b) {
+  const int32_t low = std::min(a.low, b.low);
+  return {low,
+          std::max(a.high, b.high),
+          std::min(a.least, b.least),
+          std::max(a.most, b.most),
+          std::max(a.low + a.spread, b.low + b.spread) - low,
+          0,
+          {}};
+}
+
+// Lengths in elements of T, for all images of a call.
+struct Layout {
+  int64_t pitch, ring;  // of a row; rows in the ring of a channel, a power of two
+  int64_t scratch;
+  enum { kNone, kRow, kPlane } stream;  // what is staged and then written past the caches
 };
 
 template <typename T>
-Bands<T> resize_bands(int64_t in, int64_t out, bool flip) {
-  const Axis<T> axis(in, out);
-  Bands<T> bands(out, in);
-  std::vector<Window<T>> windows;
-  for (int64_t i = 0; i < out; ++i) {
-    windows.push_back(window(axis, flip ? out - 1 - i : i));
-    bands.first[i] = static_cast<int32_t>(windows[i].first);
-    bands.count[i] = static_cast<int32_t>(windows[i].count);
-  }
-  bands.allocate();
-  for (int64_t i = 0; i < out; ++i) {
-    T *w = &bands.weight[i * bands.width], sum = 0;
-    for (int32_t j = 0; j < bands.count[i]; ++j) sum += w[j] = weight(axis, windows[i], j);
-    for (int32_t j = 0; j < bands.count[i] && sum != 0; ++j) w[j] /= sum;
-  }
-  return bands;
-}
+struct Ring {
+  T* memory;
+  int64_t mask, pitch;
+  T* row(int64_t y) const { return memory + (y & mask) * pitch; }
+};
 
-// The rows that see a column follow each other, since the windows move one way.
+// A row of the mix without its zeros; offsets in elements.
 template <typename T>
-Bands<T> transposed(const Bands<T>& bands) {
-  Bands<T> result(bands.columns, bands.rows);
-  for (int64_t i = 0; i < bands.rows; ++i) {
-    for (int32_t column = bands.first[i]; column < bands.first[i] + bands.count[i]; ++column) {
-      if (result.count[column]++ == 0) result.first[column] = static_cast<int32_t>(i);
+struct Terms {
+  int count = 0;
+  bool interleaved = false;  // offsets are those of RGB pixels
+  int64_t offset[kMaxChannels];
+  T weight[kMaxChannels];
+  Terms(const Mix<T>& mix, int k, int64_t channel) : interleaved(channel == 1 && mix.in == 3) {
+    for (int c = 0; c < mix.in; ++c) {
+      const T w = mix.mix[k * mix.in + c];
+      if (w != 0) offset[count] = c * channel, weight[count++] = w;
     }
-  }
-  result.allocate();
-  for (int64_t i = 0; i < bands.rows; ++i) {
-    for (int32_t j = 0; j < bands.count[i]; ++j) {
-      const int64_t column = bands.first[i] + j;
-      result.weight[column * result.width + i - result.first[column]] =
-          bands.weight[i * bands.width + j];
-    }
-  }
-  return result;
-}
-
-template <typename T>
-void fill_lanes(Bands<T>& bands) {
-  bands.lane_weight.resize(padded(bands.rows) * bands.width);
-  for (int64_t group = 0; group < bands.rows; group += kLanes) {
-    int32_t low = bands.first[group], high = 0;
-    for (int64_t i = group; i < std::min(group + kLanes, bands.rows); ++i) {
-      low = std::min(low, bands.first[i]);
-      high = std::max(high, bands.first[i] + bands.count[i]);
-      for (int32_t j = 0; j < bands.count[i]; ++j) {
-        bands.lane_weight[group * bands.width + j * kLanes + i - group] =
-            bands.weight[i * bands.width + j];
-      }
-    }
-    bands.base.push_back(high - low <= 2 * kLanes ? low : -1);
-  }
-}
-
-template <typename T>
-struct Plan {
-  int64_t height, width, out_height, out_width;
-  bool backward;
-  Bands<T> rows, columns[2];               // columns[hflip]
-  int64_t pitch, spare, ring, v, scratch;  // lengths, in elements
-
-  Plan(const Problem& p, bool backward)
-      : height(p.height),
-        width(p.width),
-        out_height(p.out_height),
-        out_width(p.out_width),
-        backward(backward),
-        rows(bands(height, out_height, false)),
-        columns{bands(width, out_width, false), bands(width, out_width, true)} {
-    fill_lanes(columns[0]);
-    fill_lanes(columns[1]);
-    pitch = padded(columns[0].columns);
-    spare = padded(columns[0].rows);
-    // the ring holds what kRows rows of the result see; a power of two spares divisions
-    int64_t seen = std::min<int64_t>(rows.columns, 2048 / pitch);
-    for (int64_t o = 0; o < rows.rows; ++o) {
-      const int64_t last = std::min(o + kRows, rows.rows) - 1;
-      seen = std::max<int64_t>(seen, rows.first[last] + rows.count[last] - rows.first[o]);
-    }
-    for (ring = 1; ring < seen;) ring *= 2;
-    v = kRows * pitch + 2 * kLanes;  // two registers are read from any pixel on
-    scratch = ring * pitch + v + kRows * spare;
-  }
-
-  Bands<T> bands(int64_t in, int64_t out, bool flip) const {
-    const Bands<T> forward = resize_bands<T>(in, out, flip);
-    return backward ? transposed(forward) : forward;
-  }
-
-  bool serves(const Problem& p, bool b) const {
-    return height == p.height && width == p.width && out_height == p.out_height &&
-           out_width == p.out_width && backward == b;
   }
 };
+
+// For each channel, which of the bytes of three registers of RGB pixels are its own; -1: none.
+struct Interleaved {
+  int8_t places[48];
+  constexpr explicit Interleaved(int channel) : places() {
+    for (int i = 0; i < 48; ++i) places[i] = -1;
+    for (int pixel = 0; pixel < 16; ++pixel) {
+      const int byte = 3 * pixel + channel;
+      places[byte / 16 * 16 + pixel] = static_cast<int8_t>(byte % 16);
+    }
+  }
+};
+constexpr Interleaved kInterleaved[3] = {Interleaved(0), Interleaved(1), Interleaved(2)};
+
+template <typename T>
+using Loader = void (*)(const void* source, int64_t column, const Terms<T>& terms, int64_t n,
+                        T* to);
+template <typename T>
+using Storer = void (*)(const T* from, void* target, int64_t column, int64_t n);
+
+template <typename T>
+void clamp(T* row, int64_t n, T low, T high) {  // a NaN stays
+  for (int64_t i = 0; i < n; ++i) row[i] = row[i] < low ? low : row[i] > high ? high : row[i];
+}
+
+template <typename Out, typename T>
+inline Out converted(T x) {
+  if constexpr (std::is_same<Out, uint8_t>::value) {
+    // the sum has no bits left for a fraction: rounded to nearest, ties to even
+    constexpr T whole = sizeof(T) == 8 ? T(6755399441055744.0) : T(12582912.0);
+    x = x > 0 ? x : T(0);  // a NaN becomes 0
+    x = x < 255 ? x : T(255);
+    return static_cast<uint8_t>(static_cast<int32_t>((x + whole) - whole));
+  } else {
+    return static_cast<Out>(x);
+  }
+}
 
 namespace baseline {
-#include "fused_rows.h"
+#include "fused_cpu_kernel.inc"
 }
 
 #ifdef FUSED_X86
+// Pragmas, as the build gives no flags to single files. The standard headers stand before them:
+// their inline functions, compiled for AVX here, could replace those of another file at link time.
+// No lambda inside, since clang's attribute does not reach it.
+#define FUSED_SIMD
 #ifdef __clang__
 #pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
 #else
@@ -158,7 +176,7 @@ namespace baseline {
 #pragma GCC target("avx2,fma")
 #endif
 namespace avx2 {
-#include "fused_rows.h"
+#include "fused_cpu_kernel.inc"
 }
 #define FUSED_AVX512
 #ifdef __clang__
@@ -171,7 +189,7 @@ namespace avx2 {
 #pragma GCC target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512")
 #endif
 namespace avx512 {
-#include "fused_rows.h"
+#include "fused_cpu_kernel.inc"
 }
 #ifdef __clang__
 #pragma clang attribute pop
@@ -180,79 +198,98 @@ namespace avx512 {
 #endif
 #endif
 
-// 0: baseline, 1: AVX2, 2: AVX-512. ATEN_CPU_CAPABILITY lowers it, as it does for torch itself.
-int level() {
+enum class Capability { kBaseline, kAvx2, kAvx512 };
+
+// ATEN_CPU_CAPABILITY lowers it, as it does for torch itself.
+Capability cpu_capability() {
 #ifdef FUSED_X86
-  static const int value = [] {
+  static const Capability value = [] {
     const char* asked = std::getenv("ATEN_CPU_CAPABILITY");
     const std::string cap = asked ? asked : "";
     if (cap == "default" || !__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) {
-      return 0;
+      return Capability::kBaseline;
     }
     const bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-    return cap != "avx2" && wide ? 2 : 1;
+    return cap != "avx2" && wide ? Capability::kAvx512 : Capability::kAvx2;
   }();
   return value;
 #else
-  return 0;
+  return Capability::kBaseline;
 #endif
 }
 
-template <bool backward, typename In, typename Out, typename T>
-void launch(const Problem& p) {
-  auto run = baseline::run<backward, In, Out, T>;
-#ifdef FUSED_X86
-  if (level() == 1) run = avx2::run<backward, In, Out, T>;
-  if (level() == 2) run = avx512::run<backward, In, Out, T>;
-#endif
-  // weights take longer than one small image: a thread keeps its last tables
-  thread_local std::unique_ptr<Plan<T>> kept;
-  if (!kept || !kept->serves(p, backward)) kept = std::make_unique<Plan<T>>(p, backward);
-  const Plan<T>& plan = *kept;
-  // few images are cut into bands of rows, so that each thread has some
-  const int64_t pixels = p.height * p.width + p.out_height * p.out_width;
-  const int64_t wanted = 4 * torch::stable::get_num_threads();
-  int64_t bands = pixels < 1 << 15 || p.images >= wanted ? 1 : (wanted + p.images - 1) / p.images;
-  const int64_t height = std::max(kRows, (plan.rows.rows + bands - 1) / bands);
-  bands = (plan.rows.rows + height - 1) / height;
-  const int64_t grain = std::max<int64_t>(1, (1 << 15) / (pixels / bands));
-  // a result larger than the caches is written past them: no line is read to be overwritten
-  const int64_t result = p.out_height * p.out_width, bytes = result * sizeof(T);
-  const bool dense = p.to.dims == 1 && p.to.strides[0] == result && p.to.row == p.out_width &&
-                     p.to.column == 1 && reinterpret_cast<uintptr_t>(p.target) % 64 == 0;
-  const bool past = level() == 2 && !backward && std::is_same<Out, T>::value && bands == 1 &&
-                    dense && bytes % 64 == 0 && bytes <= 1 << 15 && bytes * p.images >= 1 << 23;
-  const int64_t stage = past ? result : 0;
-  torch::stable::parallel_for(0, p.images * bands, grain, [&](int64_t begin, int64_t end) {
-    std::vector<T> memory(plan.scratch + kLanes + stage);
-    T* scratch = memory.data();
-    while (reinterpret_cast<uintptr_t>(scratch) % 64) ++scratch;
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t first = task % bands * height;
-      run(p, plan, task / bands, first, std::min(first + height, plan.rows.rows), scratch,
-          stage ? scratch + plan.scratch : nullptr);
+template <typename T>
+Layout layout_of(const Problem& p, const Mix<T>& mix, bool whole_planes) {
+  Layout l{};
+  for (int64_t v = 0; v < p.columns.variants; ++v) {
+    const int32_t* table = p.columns.data + v * p.columns.groups * p.columns.rows * kLanes;
+    const Range seen = range_of(p.columns, table);
+    l.pitch = std::max(l.pitch, whole(seen.high - seen.low));
+  }
+  l.pitch = std::max<int64_t>(l.pitch, kLanes);
+  int64_t most = std::min<int64_t>(p.rows.in, kRingPixels / l.pitch);
+  for (int64_t v = 0; v < p.rows.variants; ++v) {
+    const int32_t* table = p.rows.data + v * p.rows.groups * p.rows.rows * kLanes;
+    for (int64_t o = 0; o < p.rows.out; o += kRows) {
+      const Range seen = range_of(p.rows, table, o, std::min(o + kRows, p.rows.out));
+      most = std::max(most, seen.high - seen.low);
     }
-#ifdef FUSED_X86
-    if (stage) _mm_sfence();
-#endif
-  });
+  }
+  for (l.ring = 1; l.ring < most;) l.ring *= 2;
+
+  // non-temporal stores fill whole lines only
+  const int64_t to_size = size_of(p.to_type), row = p.columns.out * to_size,
+                plane = p.rows.out * row;
+  bool lines = p.to.column == 1 && reinterpret_cast<uintptr_t>(p.target) % 64 == 0 &&
+               p.to.channel * to_size % 64 == 0 && plane * mix.out * p.images >= kStreamBytes &&
+               cpu_capability() != Capability::kBaseline;
+  for (int d = 0; d < p.to.dims; ++d) lines = lines && p.to.strides[d] * to_size % 64 == 0;
+  int64_t stage = 0;
+  if (lines && whole_planes && p.to.row == p.columns.out && plane % 64 == 0 &&
+      plane * mix.out <= kStageBytes) {
+    l.stream = Layout::kPlane, stage = plane * mix.out;
+  } else if (lines && row % 64 == 0 && p.to.row * to_size % 64 == 0) {
+    l.stream = Layout::kRow, stage = kRows * row;
+  }
+  l.scratch = mix.out * l.ring * l.pitch + kRows * l.pitch + 2 * kLanes +
+              kRows * whole(p.columns.out) + (stage + sizeof(T) - 1) / sizeof(T);
+  return l;
 }
 
 }  // namespace
 
-template <bool backward>
-void run_cpu(const Problem& p, ScalarType type) {
-  using torch::headeronly::BFloat16;
-  using torch::headeronly::Half;
-  if (type == ScalarType::Byte) return launch<false, uint8_t, float, float>(p);
-  if (type == ScalarType::Half) return launch<backward, Half, Half, float>(p);
-  if (type == ScalarType::BFloat16) return launch<backward, BFloat16, BFloat16, float>(p);
-  if (type == ScalarType::Float) return launch<backward, float, float, float>(p);
-  return launch<backward, double, double, double>(p);
+template <typename T>
+void run_cpu(const Problem& p, const Mix<T>& mix) {
+  auto run = baseline::run<T>;
+#ifdef FUSED_X86
+  if (cpu_capability() == Capability::kAvx2) run = avx2::run<T>;
+  if (cpu_capability() == Capability::kAvx512) run = avx512::run<T>;
+#endif
+  // few images are cut into parts, so that each thread has some
+  const int64_t pixels = p.rows.in * p.columns.in * mix.in + p.rows.out * p.columns.out * mix.out;
+  const int64_t wanted = 4 * torch::stable::get_num_threads();
+  int64_t parts =
+      pixels < kTaskPixels || p.images >= wanted ? 1 : (wanted + p.images - 1) / p.images;
+  const int64_t height = ((p.rows.out + parts - 1) / parts + kRows - 1) / kRows * kRows;
+  parts = (p.rows.out + height - 1) / height;
+  const int64_t grain = std::max<int64_t>(1, kTaskPixels / (pixels / parts));
+  const Layout layout = layout_of(p, mix, parts == 1);
+  torch::stable::parallel_for(0, p.images * parts, grain, [&](int64_t begin, int64_t end) {
+    const std::unique_ptr<T[]> memory(new T[layout.scratch + 64 / sizeof(T)]);
+    T* scratch = memory.get();
+    while (reinterpret_cast<uintptr_t>(scratch) % 64) ++scratch;
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t first = task % parts * height;
+      run(p, mix, layout, task / parts, first, std::min(first + height, p.rows.out), scratch);
+    }
+#ifdef FUSED_X86
+    if (layout.stream != Layout::kNone) _mm_sfence();
+#endif
+  });
 }
 
-template void run_cpu<false>(const Problem&, ScalarType);
-template void run_cpu<true>(const Problem&, ScalarType);
+template void run_cpu<float>(const Problem&, const Mix<float>&);
+template void run_cpu<double>(const Problem&, const Mix<double>&);
 
 }  // namespace fused

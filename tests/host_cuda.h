@@ -1,8 +1,11 @@
 // Stands in for CUDA, so that csrc/fused_cuda.cu runs on the CPU, where the sanitizers see it: a
-// thread for each of a block's threads, a barrier for __syncthreads, the grid as a loop.
+// thread for each of a block's threads, a barrier for __syncthreads, the grid as a loop. Include it
+// before that file, with FUSED_LAUNCH_PROVIDED.
 #pragma once
 #include <pthread.h>
 
+#include <algorithm>
+#include <cstdint>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
@@ -40,8 +43,7 @@ using std::min;
 
 class Launch {
  public:
-  Launch(int32_t, int64_t bytes) : scratch_(std::malloc(bytes), std::free) {}
-  void* memory() const { return scratch_.get(); }
+  explicit Launch(int32_t) {}
   int processors() const { return 3; }
 
   template <typename... Parameters, typename... Arguments>
@@ -68,9 +70,6 @@ class Launch {
     for (std::thread& thread : threads) thread.join();
     pthread_barrier_destroy(&host_cuda::barrier);
   }
-
- private:
-  std::unique_ptr<void, void (*)(void*)> scratch_;
 };
 
 }  // namespace

@@ -1,5 +1,6 @@
 """Splits, batches, synthetic images, and CIFAR-10 as it may lie on disk."""
 
+import gzip
 import hashlib
 import http.server
 import os
@@ -106,11 +107,39 @@ def test_synthetic_images_look_natural_to_a_linear_map():
     assert 0.7 < slope < 1.3
 
 
-def test_auto_takes_what_is_on_disk(cifar, tmp_path_factory, capsys):
+def test_auto_takes_what_is_on_disk(cifar, tmp_path_factory, capsys, monkeypatch):
     assert load("auto", cifar, test_size=None).name == "cifar10"
-    assert load("auto", tmp_path_factory.mktemp("empty")).name == "synthetic"
-    assert load("auto", "/nowhere").name == "synthetic"
-    assert "synthetic" in capsys.readouterr().out
+    assert capsys.readouterr().err == ""
+    monkeypatch.chdir(tmp_path_factory.mktemp("empty"))
+    assert load("auto", "data").name == "synthetic"
+    assert capsys.readouterr().err.count("warning: data holds no CIFAR-10") == 1
+
+
+@pytest.mark.parametrize("name", ["auto", "cifar10"])
+@pytest.mark.parametrize("place", ["inside", "beside", "above"])
+def test_a_named_folder_without_cifar10_says_where_it_was_found(cifar, name, place):
+    (cifar / "sub").mkdir()
+    root = {
+        "inside": cifar / CIFAR10.base_folder,
+        "beside": cifar.parent / "mistyped",
+        "above": cifar / "sub",
+    }[place]
+    with pytest.raises(UserError, match=f"{root} holds no CIFAR-10; .* does"):
+        load(name, root)
+
+
+def test_a_named_folder_is_never_replaced_by_synthetic_images(tmp_path):
+    root = tmp_path / "a" / "b" / "nowhere"
+    with pytest.raises(UserError, match="no such folder; name the folder"):
+        load("auto", root)
+    assert load("synthetic", root).name == "synthetic"
+
+
+def test_an_archive_with_another_md5_of_the_right_files_is_read(cifar):
+    expected = data.cifar10(cifar, train=False)
+    archive = archive_instead_of_folder(cifar)
+    archive.write_bytes(gzip.compress(gzip.decompress(archive.read_bytes()), 1))
+    assert torch.equal(data.cifar10(cifar, train=False), expected)
 
 
 def test_folder_and_archive_hold_the_same_images(cifar):
@@ -193,7 +222,8 @@ def test_download(cifar, server, tmp_path_factory, monkeypatch):
     expected = data.cifar10(cifar, train=False)
     server.content = archive_instead_of_folder(cifar).read_bytes()
     monkeypatch.setattr(CIFAR10, "url", f"http://127.0.0.1:{server.server_port}/x")
-    root = tmp_path_factory.mktemp("fresh")
+    root = tmp_path_factory.mktemp("a") / "b" / "fresh"  # not beside a CIFAR-10
+    root.mkdir(parents=True)
     assert torch.equal(data.cifar10(root, train=False), expected)
 
 
@@ -205,7 +235,8 @@ def test_a_download_that_fails_says_what_to_do(cifar, server, tmp_path_factory, 
     port = 9 if fault == "refused" else server.server_port  # nothing listens on 9
     monkeypatch.setattr(CIFAR10, "url", f"http://127.0.0.1:{port}/x")
     monkeypatch.setattr(data, "DOWNLOAD_LIMIT_S", 0.5)
-    root = tmp_path_factory.mktemp("fresh")
+    root = tmp_path_factory.mktemp("a") / "b" / "fresh"  # not beside a CIFAR-10
+    root.mkdir(parents=True)
     if fault == "no folder":
         with pytest.raises(UserError, match="no such folder"):
             load("cifar10", root / "nowhere")

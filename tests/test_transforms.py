@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torchvision.transforms.v2 import functional as F
 
 from common.transforms import matmul_transform, reference_transform
@@ -60,3 +62,44 @@ def test_reference_is_the_chain_of_the_report():
     corner = torch.zeros(3, 32, 32)
     corner[:, 0, 0] = 1
     assert reference_transform(corner).flatten().argmax() == 28 * 28 - 1
+
+
+def test_a_matrix_of_one_mode_serves_no_other():
+    """A matrix made under inference_mode or with fake tensors, then training on that size."""
+    shape = 2, 3, 23, 19
+    with torch.inference_mode():
+        matmul_transform(torch.rand(shape))
+    with FakeTensorMode():
+        assert matmul_transform(torch.rand(shape)).shape == (2, 1, 28, 28)
+        matmul_transform(torch.rand(2, 3, 19, 23))
+    for size in ((23, 19), (19, 23)):
+        images = torch.rand(2, 3, *size, requires_grad=True)
+        matmul_transform(images).sum().backward()
+        assert images.grad.abs().max() > 0
+    assert matmul_transform(torch.rand(shape, device="meta")).shape == (2, 1, 28, 28)
+
+
+def test_autocast_computes_in_float32():
+    images = torch.rand(2, 3, 32, 32)
+    expected = matmul_transform(images)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(matmul_transform(images), expected)
+
+
+def test_derivatives_and_symbolic_sizes():
+    images = torch.rand(2, 3, 9, 8)
+    direction = torch.rand_like(images)
+
+    def chain(x):
+        return matmul_transform(x, (5, 4))
+
+    value, slope = torch.func.jvp(chain, (images,), (direction,))
+    assert torch.equal(value, chain(images))
+    torch.testing.assert_close(slope, chain(direction), atol=1e-6, rtol=0)
+    each = torch.vmap(torch.func.grad(lambda x: chain(x).square().sum()))(images)
+    whole = torch.func.grad(lambda x: chain(x).square().sum())(images)
+    torch.testing.assert_close(each, whole, atol=1e-5, rtol=1e-5)
+    # its graph, by the tracer with symbolic sizes (compiling takes seconds)
+    graph = make_fx(chain, tracing_mode="symbolic")(images)
+    other = torch.rand(3, 3, 12, 17)
+    torch.testing.assert_close(graph(other), chain(other), atol=1e-6, rtol=0)

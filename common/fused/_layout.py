@@ -1,0 +1,138 @@
+"""Bands as the kernels take them: csrc/fused.h says how they lie in memory. Prepared once for each
+Bands, type and device, and kept with it."""
+
+import threading
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from .bands import CPU, Bands, resize, stack
+
+LANES = 16  # csrc/fused.h: kLanes, kHalf, HalfGroup
+
+
+def aside(function, *arguments):
+    """function(*arguments) as if none of this thread's modes were on: what is kept must not be a
+    fake tensor, an inference tensor or one of a functorch level."""
+    if not (
+        torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or torch.is_autocast_enabled("cpu")
+    ):
+        with torch.inference_mode(False), torch.no_grad():
+            return function(*arguments)
+    result = []
+
+    def run() -> None:
+        try:
+            result.append((function(*arguments), None))
+        except BaseException as error:
+            result.append((None, error))
+
+    thread = threading.Thread(target=run)  # which has no modes
+    thread.start()
+    thread.join()
+    value, error = result[0]
+    if error is not None:
+        raise error
+    return value
+
+
+def packed(bands: Bands, wide: bool, device: torch.device) -> Tensor:
+    """(variants, groups, 3 + taps, LANES) int32: first, count and spans of LANES output pixels, and
+    their weights as the bits of float32; if wide of float64, in twice as many rows."""
+    kept = bands.__dict__.setdefault("_packed", {})
+    key = wide, device
+    table = kept.get(key)
+    if table is None:
+        table = kept[key] = aside(_pack, bands, wide, device)
+    return table
+
+
+def adjoint(bands: Bands) -> Bands:
+    if "_adjoint" not in bands.__dict__:
+        bands.__dict__["_adjoint"] = aside(bands.transposed)
+    return bands.__dict__["_adjoint"]
+
+
+def _pack(bands: Bands, wide: bool, device: torch.device) -> Tensor:
+    variants, out = bands.first.shape
+    # the lanes behind the last output pixel repeat it
+    taken = torch.arange(out + -out % LANES, device=CPU).clamp(max=out - 1)
+    first, count = (
+        x[:, taken].to(torch.int32).view(variants, -1, 2, LANES // 2)
+        for x in (bands.first, bands.count)
+    )
+    low = first.where(count > 0, bands.size).amin(-1, keepdim=True)
+    high = (first + count).where(count > 0, 0).amax(-1, keepdim=True)
+    low = low.minimum(high)
+    first = first.where(count > 0, low)
+    # where neighbours are one pixel apart but for one step of two, from lane `late` on
+    apart = first - first[..., :1]
+    way = (apart[..., -1:] >= 0).to(torch.int32) * 2 - 1
+    late = apart * way - torch.arange(LANES // 2, dtype=torch.int32, device=CPU)
+    regular = ((late == 0) | (late == 1)).all(-1, keepdim=True)
+    regular &= (late.diff(dim=-1) >= 0).all(-1, keepdim=True)
+    steps = (late == 0).sum(-1, keepdim=True, dtype=torch.int32).where(regular, 0)
+    spans = [
+        low,
+        high,
+        count.amin(-1, keepdim=True),
+        count.amax(-1, keepdim=True),
+        first.amax(-1, keepdim=True) - low,
+        steps * way,
+        torch.zeros_like(low),
+        torch.zeros_like(low),
+    ]
+    weight = bands.weight.to(torch.float64 if wide else torch.float32)[:, taken]
+    weight = weight.view(variants, -1, LANES, weight.shape[2]).mT.contiguous().view(torch.int32)
+    groups = len(taken) // LANES
+    parts = [x.reshape(variants, groups, -1, LANES) for x in (first, count, torch.cat(spans, -1))]
+    return torch.cat([*parts, weight.view(variants, groups, -1, LANES)], 2).to(device)
+
+
+@lru_cache(maxsize=256)
+def sizes_tensor(*sizes: int) -> Tensor:
+    return aside(lambda: torch.tensor(sizes, device=CPU))
+
+
+class Plan:
+    """The bands of both axes for images of one type and device."""
+
+    def __init__(self, rows: Bands, columns: Bands, wide: bool, device: torch.device) -> None:
+        self.bands, self.wide, self.device = (rows, columns), wide, device
+        self.tables = packed(rows, wide, device), packed(columns, wide, device)
+        self.sizes = sizes_tensor(
+            rows.size, columns.size, rows.first.shape[1], columns.first.shape[1]
+        )
+
+    def transposed(self) -> tuple[Tensor, Tensor]:
+        return tuple(packed(adjoint(bands), self.wide, self.device) for bands in self.bands)
+
+
+@lru_cache(maxsize=64)
+def chain_plan(h, w, height, width, hflip, vflip, wide, device) -> Plan:
+    """The plan of fused_transform. A flip of None: one for each image."""
+    if h < 1 or w < 1:
+        raise ValueError(f"fused_transform: images must have at least one pixel, not {h} x {w}")
+    for name, length in (("height", height), ("width", width)):
+        if not isinstance(length, int):
+            raise TypeError(f"fused_transform: size: '{name}' must be an integer, not {length!r}")
+    if not (1 <= height < 2**30 and 1 <= width < 2**30):
+        raise ValueError(
+            "fused_transform: size must be two positive integers below 2**30, not "
+            f"({height}, {width})"
+        )
+    return aside(_chain_plan, h, w, height, width, hflip, vflip, wide, device)
+
+
+def _chain_plan(h, w, height, width, hflip, vflip, wide, device) -> Plan:
+    def axis(size: int, out: int, flip: bool | None) -> Bands:
+        bands = resize(size, out, dtype=torch.float64 if wide else torch.float32)
+        if flip is None:
+            return stack([bands, bands.flipped()])
+        return bands.flipped() if flip else bands
+
+    return Plan(axis(h, height, vflip), axis(w, width, hflip), wide, device)

@@ -1,0 +1,224 @@
+"""The bands of resizes, crops and blurs, as torch and torchvision compute them.
+
+Windows and weights are computed in the dtype in which torch computes them: a rounding decides which
+pixels lie under a filter, and with it where a NaN spreads (aten/src/ATen/native/UpSample.h and
+aten/src/ATen/native/cpu/UpSampleKernel.cpp).
+"""
+
+import math
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from .banded import CPU, Bands, stack
+
+__all__ = [
+    "CPU",
+    "Bands",
+    "blur",
+    "crop",
+    "identity",
+    "quantized",
+    "resize",
+    "resize_axes",
+    "stack",
+]
+
+
+@lru_cache(maxsize=512)
+def identity(size: int) -> Bands:
+    first = torch.arange(size, device=CPU)[None]
+    weight = torch.ones(1, size, 1, dtype=torch.float64, device=CPU)
+    return Bands(first, torch.ones_like(first), weight, size)
+
+
+def crop(size: int, start: int | Tensor, length: int, mode: str = "constant") -> Bands:
+    """length pixels from `start` on (an int, or int64 (V,)). Beyond the image, by torchvision's
+    padding modes: 0 ("constant"), its last pixel ("edge"), or the image mirrored at its last pixel
+    ("reflect") or behind it ("symmetric")."""
+    start = torch.as_tensor(start, device=CPU).view(-1, 1)
+    pixel = start + torch.arange(length, device=CPU)
+    inside = (pixel >= 0) & (pixel < size)
+    if mode == "constant":
+        weight = inside.to(torch.float64)[..., None]
+        return Bands(pixel.clamp(0, size - 1), inside.to(torch.int64), weight, size)
+    if mode == "edge":
+        pixel = pixel.clamp(0, size - 1)
+    else:
+        shift = 1 if mode == "symmetric" else 0
+        pixel = torch.where(pixel < 0, -pixel - shift, pixel)
+        pixel = torch.where(pixel >= size, 2 * (size - 1) + shift - pixel, pixel)
+        if bool(((pixel < 0) | (pixel >= size)).any()):
+            raise ValueError(
+                f"padding by mode {mode!r} must be smaller than the image: {size} pixels"
+            )
+    one = torch.ones_like(pixel)
+    return Bands(pixel, one, one.to(torch.float64)[..., None], size)
+
+
+def resize(
+    size: int,
+    out: int,
+    mode: str = "bilinear",
+    antialias: bool = True,
+    dtype: torch.dtype = torch.float32,
+    *,
+    start: Tensor | None = None,
+    length: Tensor | None = None,
+) -> Bands:
+    """torch.nn.functional.interpolate to `out` pixels: mode "bilinear" or "bicubic".
+
+    dtype: that in which torch computes windows and weights: float64 for float64 images (and for
+    uint8 ones), else float32. start, length: int64 (V,): resize each of these boxes inside of the
+    image instead (RandomResizedCrop), a variant for each.
+    """
+    if mode not in ("bilinear", "bicubic"):
+        raise ValueError(f"no bands for mode {mode!r}: it must be 'bilinear' or 'bicubic'")
+    if length is None:
+        return _whole(size, out, mode, antialias, dtype)
+    return _resize(size, out, mode, antialias, dtype, start, length)
+
+
+@lru_cache(maxsize=512)  # a random crop of one image is a resize of a view: the sizes come again
+def _whole(size, out, mode, antialias, dtype) -> Bands:
+    return _resize(size, out, mode, antialias, dtype, None, torch.tensor([size], device=CPU))
+
+
+def _resize(size, out, mode, antialias, dtype, start, length) -> Bands:
+    length = length[:, None]
+    scale = length.to(dtype) / out  # (V, 1)
+    make = _antialiased if antialias else _interpolated
+    first, count, weight = make(length, scale, torch.arange(out, device=CPU), mode, dtype)
+    if antialias or mode == "bilinear":  # torch copies an axis whose size does not change
+        same = length == out
+        if bool(same.any()):
+            first = torch.where(same, torch.arange(out, device=CPU), first)
+            count = torch.where(same, 1, count)
+            copy = torch.nn.functional.pad(weight.new_ones(1, 1, 1), (0, weight.shape[2] - 1))
+            weight = torch.where(same[..., None], copy, weight)
+    if start is not None:
+        first = first + start[:, None]
+    return Bands(first, count, weight.to(torch.float64), size)
+
+
+def resize_axes(old, new, mode, antialias, dtype, boxes) -> list[Bands]:
+    """The bands of rows and columns: old and new are (height, width); boxes: None, or int64 (4, V),
+    top, left, height and width of what to resize."""
+    if boxes is None:
+        return [resize(old[a], new[a], mode, antialias, dtype) for a in range(2)]
+    starts, lengths = boxes[:2], boxes[2:]
+    if new[0] != new[1]:
+        return [
+            resize(old[a], new[a], mode, antialias, dtype, start=starts[a], length=lengths[a])
+            for a in range(2)
+        ]
+    both = resize(
+        0, new[0], mode, antialias, dtype, start=starts.flatten(), length=lengths.flatten()
+    )
+    halves = zip(both.first.chunk(2), both.count.chunk(2), both.weight.chunk(2), strict=True)
+    return [Bands(*half, size) for half, size in zip(halves, old, strict=True)]
+
+
+def quantized(bands: Bands, bits: int) -> Bands:
+    """The weights of a resize of uint8, rounded to multiples of the power of 2 that leaves the
+    largest `bits` bits, at least 2**-22: 15 in torch; Pillow's are multiples of 2**-22 (bits=30).
+    """
+    largest = bands.weight.amax((1, 2), keepdim=True).clamp(min=2.0**-22)
+    unit = torch.exp2(((2**bits - 0.5) / largest).log2().ceil().sub(1).clamp(max=22))
+    weight = bands.weight * unit
+    weight = (weight.abs() + 0.5).floor() * weight.sign() / unit
+    return Bands(bands.first, bands.count, weight, bands.size)
+
+
+def _antialiased(length, scale, output, mode, dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """A filter of the width of one output pixel (at least one input pixel), cut at the border and
+    normalised. Pillow's, and so with a = -0.5 for bicubic."""
+    stretch = scale.clamp(min=1)
+    support = stretch * (1 if mode == "bilinear" else 2)
+    center = (scale * (output.double() + 0.5)).to(dtype)
+    first = ((center - support).double() + 0.5).to(torch.int64).clamp_(min=0)
+    last = torch.minimum(((center + support).double() + 0.5).to(torch.int64), length)
+    longest = 2 * support.ceil().to(torch.int64) + 1
+    count = torch.minimum((last - first).clamp_(min=0), longest)
+    taps = torch.arange(max(int(count.max()), 1) if count.numel() else 1, device=CPU)
+    x = (first[..., None] + taps).to(dtype) - (center - 0.5)[..., None]
+    x = x.mul_((1 / stretch)[..., None]).abs_()
+    weight = (1 - x).clamp_(min=0) if mode == "bilinear" else _cubic(x, -0.5)
+    weight *= taps < count[..., None]
+    return first, count, weight / weight.sum(2, keepdim=True)
+
+
+def _cubic(x: Tensor, a: float) -> Tensor:
+    """Keys' cubic convolution kernel at the distances x >= 0."""
+    near = _multiply_add(_multiply_add(x, a + 2, -a - 3) * x, x, 1)
+    far = _multiply_add(_multiply_add(_multiply_add(x, a, -5 * a), x, 8 * a), x, -4 * a)
+    return torch.where(x < 1, near, torch.where(x < 2, far, 0))
+
+
+def _multiply_add(x: Tensor, y: Tensor | float, z: float) -> Tensor:
+    """x * y + z, rounded once or twice as this build of torch does it in float32."""
+    if x.dtype == torch.float32 and _contracted():
+        return (x.double() * y + z).float()
+    return x * y + z
+
+
+def _interpolated(length, scale, output, mode, dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """The 2 (bicubic: 4, with a = -0.75) pixels around the output pixel's center; those outside of
+    the image are its border."""
+    center = output.to(dtype) + 0.5
+    position = _multiply_add(center.expand(len(scale), -1), scale, -0.5)
+    if mode == "bilinear":
+        position = position.clamp(min=0)
+    # torch takes the floor in float32, whatever the dtype
+    pixel = torch.minimum(position.to(torch.float32).floor().to(torch.int64), length - 1)
+    t = (position - pixel).clamp(0, 1)[..., None]
+    if mode == "bilinear":
+        offsets, parts = torch.arange(2, device=CPU), torch.cat([1 - t, t], 2)
+    else:
+        offsets = torch.arange(-1, 3, device=CPU)
+        parts = _cubic(torch.cat([t + 1, t, 1 - t, 2 - t], 2), -0.75)
+    read = torch.minimum((pixel[..., None] + offsets).clamp(min=0), length[..., None] - 1)
+    first = read[..., 0]
+    weight = torch.zeros_like(parts).scatter_add(2, read - first[..., None], parts)
+    return first, read[..., -1] - first + 1, weight
+
+
+_fused_multiply_add: bool | None = None
+
+
+def _contracted() -> bool:
+    """Whether this build of torch fuses products and sums: its AVX2 and AVX-512 kernels do, the
+    baseline does not. It moves the weights of a bilinear resize by up to 2e-5."""
+    global _fused_multiply_add
+    if _fused_multiply_add is None:
+        size, out = 97, 500
+        scale, center = torch.tensor(size / out), torch.arange(out, device=CPU) + 0.5
+        apart, fused = scale * center - 0.5, (scale * center.double() - 0.5).float()
+        row = int((apart - fused).abs().argmax())
+        pixel = int(apart[row])
+        image = torch.zeros(1, 1, 1, size, device=CPU)
+        image[..., pixel + 1] = 1
+        weight = torch.nn.functional.interpolate(image, (1, out), mode="bilinear")[0, 0, 0, row]
+        error = (torch.stack([apart[row], fused[row]]) - pixel - weight).abs()
+        _fused_multiply_add = bool(error[1] < error[0])
+    return _fused_multiply_add
+
+
+def blur(size: int, kernel_size: int, sigma: float, dtype: torch.dtype = torch.float32) -> Bands:
+    """torchvision's GaussianBlur: its kernel, the border reflected. dtype: of the kernel."""
+    radius = kernel_size // 2
+    if radius >= size:
+        raise ValueError(f"a blur of {kernel_size} pixels needs more than {radius}, not {size}")
+    limit = (kernel_size - 1) / (2 * math.sqrt(2))
+    x = torch.linspace(-limit, limit, kernel_size, dtype=dtype, device=CPU)
+    kernel = torch.softmax(x.div(sigma).pow(2).neg(), dim=0).to(torch.float64)
+    output = torch.arange(size, device=CPU)[:, None]
+    read = (output + torch.arange(-radius, radius + 1, device=CPU)).abs()
+    read = torch.where(read >= size, 2 * (size - 1) - read, read)
+    first, last = read.amin(1, keepdim=True), read.amax(1, keepdim=True)
+    weight = kernel.new_zeros(size, kernel_size).scatter_add(
+        1, read - first, kernel.expand(size, -1)
+    )
+    taps = max(int((last - first).max()) + 1, 1)
+    return Bands(first.T, (last - first + 1).T, weight[None, :, :taps], size)

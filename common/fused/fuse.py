@@ -1,0 +1,232 @@
+"""fuse(chain): a chain of torchvision transforms as one pass over the images."""
+
+import itertools
+import weakref
+from dataclasses import dataclass
+
+import PIL.Image
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
+from torchvision.transforms.v2 import functional as F
+
+from . import _ops as ops
+from ._layout import Plan, aside
+from .bands import CPU
+from .operator import affine
+from .passes import Pass, Passes
+from .samples import apply, check, images_of, items_of, show, spec_of, wrap
+from .step import NotFusable, Step
+from .steps import steps_of
+
+__all__ = ["NotFusable", "fuse"]
+KEPT = 64  # image sizes whose passes a module keeps
+
+
+def fuse(chain) -> nn.Module:
+    """A module that gives what the chain gives, in one pass over the images.
+
+    chain: a v2.Compose, nn.Sequential or list of transforms, or one transform: ToImage,
+    PILToTensor, ToPureTensor, ToDtype, Resize (bilinear, bicubic), CenterCrop, RandomCrop,
+    RandomResizedCrop, RandomHorizontalFlip, RandomVerticalFlip, v2.functional.hflip and vflip,
+    Grayscale, GaussianBlur with a fixed sigma, Normalize, Identity, FusedTransform, and
+    `weights.transforms()` of torchvision's classification models. Raises NotFusable (a ValueError)
+    for anything else, naming the step and the reason.
+
+    The module takes what the chain takes: (..., C, H, W) tensors, tv_tensors.Image and Video, PIL
+    images (RGB, L), uint8 or float; or a sample such as (image, label) or a dict, whose other parts
+    pass through. Types and dtypes are the chain's. Boxes, masks and keypoints are refused.
+
+    Random transforms: each item along the first dimension of a batch draws its own parameters (of
+    images beyond (C, H, W), of videos beyond (T, C, H, W)), from torch's generator in the order of
+    a loop: with one seed, fuse(chain)(batch) equals stack([chain(x) for x in batch]). Images of one
+    sample share them.
+
+    Float images: within 1e-6 of the chain's largest value (half precision: torchvision rounds
+    between the steps, this does not). uint8 images: exact where torchvision does not round between
+    the steps, within one level where it does. Where it rounds more than once (Resize and Grayscale
+    before ToDtype, or a bicubic Resize, which it also clamps between the axes), each rounding is a
+    pass of its own: with ToDtype before them the chain is one pass.
+    """
+    return Fused(chain)
+
+
+@dataclass(frozen=True, eq=False)
+class _Recipe:
+    """What the chain does to images of one kind, dtype and size."""
+
+    draws: list[tuple[int, int, int]]  # the steps that draw, and the size of their image
+    passes: list[Pass] | None  # None: they depend on what is drawn
+    exact: bool
+    result: type | None  # None: as the input
+    pil: bool  # the result is a PIL image
+
+
+class Fused(nn.Module):
+    """See `fuse`."""
+
+    def __init__(self, chain) -> None:
+        super().__init__()
+        self.__setstate__({**self.__dict__, "fused_chain": chain})
+
+    def __getstate__(self) -> dict:
+        return {k: v for k, v in self.__dict__.items() if k not in ("_steps", "_recipes", "_key")}
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        self._steps: list[Step] = steps_of(self.fused_chain)
+        self._recipes: dict[tuple, _Recipe] = {}
+        self._key = next(_keys)
+        _modules[self._key] = self
+
+    def extra_repr(self) -> str:
+        lines = [step.name for step in self._steps]
+        for (pil, _, dtype, shape), recipe in list(self._recipes.items())[-3:]:
+            what = "PIL" if pil else str(dtype).removeprefix("torch.")
+            passes = recipe.passes
+            how = "bands drawn for each call" if passes is None else " -> ".join(map(show, passes))
+            lines.append(f"{what} {'x'.join(map(str, shape))}: {how or 'unchanged'}")
+        return "\n".join(lines)
+
+    def forward(self, *inputs):
+        sample = inputs if len(inputs) > 1 else inputs[0]
+        if torch.compiler.is_compiling() and isinstance(sample, Tensor):
+            return self._traced(sample)
+        if isinstance(sample, (Tensor, PIL.Image.Image)):
+            return self._images([sample])[0]
+        flat, spec = tree_flatten(sample)
+        chosen = images_of(flat)
+        plain = [x for x in flat if isinstance(x, Tensor) and x.dim() > 2]
+        if isinstance(sample, list) and len(chosen) == 1 and len(flat) == len(plain) > 1:
+            raise TypeError(
+                "fuse: of a list of plain tensors torchvision transforms only the first: stack "
+                "them, or make each a tv_tensors.Image"
+            )
+        results = self._images([flat[i] for i in chosen])
+        for i, result in zip(chosen, results, strict=True):
+            flat[i] = result
+        return tree_unflatten(flat, spec)
+
+    def _traced(self, x: Tensor) -> Tensor:
+        """For torch.compile and torch.export: of tensors, where nothing is drawn. The sizes are
+        constants of the graph."""
+        shape = [len(range(n)) for n in x.shape[-3:]]  # a range has no symbolic length
+        for box, clamp, tables, arguments in _constants(self._key, x.dtype, *shape):
+            if box is not None:
+                x = x[..., box[0] : box[0] + box[2], box[1] : box[1] + box[3]]
+            tables = [table.to(x.device) for table in tables]
+            x = torch.ops.fused_transform.differentiable.default(x, *tables, *arguments)
+            if clamp is not None:
+                x = x.clamp(*(bound.to(x.device) for bound in clamp))
+        return x
+
+    def _images(self, images: list) -> list:
+        """All images of one sample, with the same random parameters."""
+        recipes = [self._recipe(spec_of(image)) for image in images]
+        params = None
+        if recipes[0].draws:
+            params, items = self._draw(images, recipes)
+        results = []
+        for image, recipe in zip(images, recipes, strict=True):
+            passes = recipe.passes
+            if passes is None:
+                done = aside(self._run, spec_of(image), params, recipe.exact)
+                passes = done.done
+            x = image
+            if isinstance(x, PIL.Image.Image):
+                x = F.pil_to_tensor(x)
+            elif type(x) is not Tensor:
+                x = x.as_subclass(Tensor)
+            for each in passes:
+                x = apply(each, x, items if params else 1)
+            results.append(wrap(x, image, recipe.result, recipe.pil))
+        return results
+
+    def _draw(self, images: list, recipes: list[_Recipe]) -> tuple[list[list], int]:
+        """The parameters of each step that draws, one for each item; and the number of items."""
+        items = {items_of(image) for image in images}
+        sizes = {tuple(size for size in r.draws if self._steps[size[0]].sized) for r in recipes}
+        if len(items) > 1 or len(sizes) > 1:
+            raise ValueError(
+                "fuse: the images of a sample share their random parameters, so they must agree in "
+                "number and size: " + ", ".join(str(spec_of(x)[3]) for x in images)
+            )
+        items, draws = items.pop(), recipes[0].draws
+        steps = [self._steps[i] for i, _, _ in draws]
+        if all(step.probability is not None for step in steps):
+            chances = torch.tensor([step.probability for step in steps])
+            # the numbers that a loop of torch.rand(1) draws
+            return (torch.rand(items, len(steps)) < chances).T.tolist(), items
+        params = [[] for _ in steps]
+        for _ in range(items):
+            for drawn, step, (_, height, width) in zip(params, steps, draws, strict=True):
+                try:
+                    drawn.append(step.draw(height, width))
+                except ValueError as error:
+                    raise ValueError(f"{step.name}: {error}") from None
+        return params, items
+
+    def _recipe(self, spec: tuple) -> _Recipe:
+        recipe = self._recipes.get(spec)
+        if recipe is None:
+            recipe = aside(self._trace, spec)
+            if len(self._recipes) >= KEPT:
+                self._recipes.pop(next(iter(self._recipes)), None)
+            self._recipes[spec] = recipe
+        return recipe
+
+    def _trace(self, spec: tuple) -> _Recipe:
+        check(spec)
+        draws: list[tuple[int, int, int]] = []
+        passes = self._run(spec, None, False, draws)
+        exact = passes.roundings > 1
+        fixed = all(self._steps[i].fixed for i, _, _ in draws)
+        if fixed and exact:
+            passes = self._run(spec, None, True)
+        return _Recipe(draws, passes.done if fixed else None, exact, passes.result, passes.pil)
+
+    def _run(self, spec: tuple, params, exact: bool, draws: list | None = None) -> Passes:
+        """The passes of images of this spec, with these parameters of the steps that draw; notes
+        in `draws` which do."""
+        passes = Passes(*spec, exact)
+        drawn = iter(params or [])
+        for i, step in enumerate(self._steps):
+            if step.draw is not None and draws is not None:
+                draws.append((i, passes.height, passes.width))
+            try:
+                step.apply(passes, next(drawn, None) if step.draw is not None else None)
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"{step.name}: {error}") from None
+        passes.finish(passes.dtype)
+        return passes
+
+
+_keys = itertools.count()
+_modules: "weakref.WeakValueDictionary[int, Fused]" = weakref.WeakValueDictionary()
+
+
+@torch.compiler.assume_constant_result
+def _constants(key: int, dtype: torch.dtype, *shape: int) -> list[tuple]:
+    """Of plain tensors, the passes of a module as tables and sizes; torch.compile runs this when it
+    traces a call."""
+    recipe = _modules[key]._recipe((False, True, dtype, shape))
+    if recipe.passes is None:
+        raise RuntimeError("fuse: torch.compile and torch.export take no chain that draws")
+    ops.load()
+    return aside(_constants_of, recipe.passes, dtype)
+
+
+def _constants_of(passes: list[Pass], dtype: torch.dtype) -> list[tuple]:
+    constants = []
+    for each in passes:
+        wide = torch.float64 in (dtype, each.dtype)
+        plan = Plan(each.rows, each.columns, wide, CPU)
+        sizes = each.rows.size, each.columns.size, each.rows.out, each.columns.out
+        dtype, table, clamp = each.dtype, each.table, None
+        if table is not None and dtype.is_floating_point:  # the operator itself is linear
+            if bool(table[:, 1:].isfinite().any()):
+                clamp = table[:, 1:].to(dtype).T[..., None, None].unbind()
+            table = affine(len(table), table[:, 0])
+        arguments = each.mix, table, None, None, *sizes, dtype
+        constants.append((each.box, clamp, (*plan.tables, *plan.transposed()), arguments))
+    return constants

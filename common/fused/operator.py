@@ -1,0 +1,290 @@
+"""The fused operator: a banded separable linear map of images with a channel mix, in one pass, on
+the CPU and on CUDA; its derivatives; and the chain of the study on top of it."""
+
+from math import inf
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+from . import _build, _ops
+from ._layout import Plan, chain_plan, sizes_tensor
+from ._layout import aside as _aside
+from ._ops import FLOATS
+from .bands import CPU, Bands
+
+SIZE = (28, 28)
+GRAY_WEIGHTS = (0.2989, 0.587, 0.114)
+_GRAY = torch.tensor([GRAY_WEIGHTS], dtype=torch.float64, device=CPU)
+_MIXES = {True: _GRAY / 255, False: _GRAY}  # images.dtype == torch.uint8: mix
+KNOWN = 256
+_known: dict[tuple, tuple] = {}  # of fused_transform: what a call depends on, its arguments
+
+
+def separable_map(
+    images: Tensor,
+    rows: Bands,
+    columns: Bands,
+    mix: Tensor,
+    bias: Tensor | None = None,
+    *,
+    row_index: Tensor | None = None,
+    column_index: Tensor | None = None,
+    low=None,
+    high=None,
+    dtype: torch.dtype | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """out[n, k] = clamp(sum over c of mix[k, c] * (rows @ images[n, c] @ columns^T) + bias[k]).
+
+    images: (..., C, H, W), uint8, float16, bfloat16, float32 or float64, with any strides; none are
+    copied. rows, columns: bands from H to the result's height, from W to its width. mix: (C_out, C);
+    a 0 is no term, so that a NaN does not spread through it. bias: (C_out,), or what `affine`
+    returned, which saves a small image its cost. row_index, column_index: (N,) int64, which variant
+    each image of an (N, C, H, W) batch takes; bool for two variants. low, high: numbers, or one for
+    each channel of the result. dtype: the result's; by default float32 for uint8, else that of the
+    images. A uint8 result is rounded to nearest (ties to even) and saturates.
+    Sums are in float32, in float64 where images or result are float64.
+    out: where to write the result; any strides, but no memory of the images.
+
+    Differentiable with respect to float images in every mode of torch, not through out. Raises
+    RuntimeError, TypeError or ValueError for what does not fit, before memory is touched.
+    """
+    if not (isinstance(images, Tensor) and (out is None or isinstance(out, Tensor))):
+        raise TypeError("fused_transform: images and out must be tensors")
+    if mix.dtype != torch.float64 or mix.device.type != "cpu":
+        mix = mix.detach().to("cpu", torch.float64)
+    if bias is not None or low is not None or high is not None:
+        bias = affine(len(mix), bias, low, high)
+    if dtype is None:
+        dtype = _result_type(images.dtype)
+    wide = images.dtype == torch.float64 or dtype == torch.float64
+    if torch.compiler.is_compiling():
+        tables = _map_tables(rows, columns, wide, images.device)
+        sizes = rows.size, columns.size, rows.out, columns.out
+        return _traced(images, tables, sizes, mix, bias, row_index, column_index, dtype, out)
+    plan = Plan(rows, columns, wide, images.device)
+    return _apply(images, plan, mix, bias, row_index, column_index, dtype, out)
+
+
+def affine(channels: int, bias=None, low=None, high=None) -> Tensor:
+    """(channels, 3) float64: what follows the mix, for `separable_map`'s bias. Each argument is
+    None, a number, or one for each channel."""
+    if isinstance(bias, Tensor) and bias.dim() == 2 and low is None and high is None:
+        return bias
+    table = torch.tensor([[0.0, -torch.inf, torch.inf]], dtype=torch.float64).repeat(channels, 1)
+    for column, value in enumerate((bias, low, high)):
+        if value is not None:
+            table[:, column] = torch.as_tensor(value, dtype=torch.float64, device="cpu").detach()
+    return table
+
+
+def fused_transform(
+    images: Tensor,
+    size: tuple[int, int] = SIZE,
+    *,
+    hflip: bool | Tensor = True,
+    vflip: bool | Tensor = True,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Resize(size, antialias=True) -> Grayscale -> horizontal flip -> vertical flip in one pass.
+
+    images: (..., 3, H, W), uint8 in [0, 255], or float16, bfloat16, float32 or float64, with any
+    strides; none are copied. hflip, vflip: for all images, or a bool tensor (N,) that flips each
+    image of an (N, 3, H, W) batch by itself. out: where to write the result; it may have any
+    strides, but shares no memory with the images.
+    Returns (..., 1, *size): float32 in [0, 1] for uint8, else the dtype of images; sums are in
+    float32 at least. A NaN or an infinity spreads as far as in torchvision.
+
+    Differentiable for float images in every mode of torch, not through out. The first use builds
+    the operator if it is not built. Raises RuntimeError, TypeError or ValueError for a wrong shape,
+    dtype, device or size, and where the operator cannot be built.
+    """
+    if not torch.compiler.is_compiling() and isinstance(hflip, bool) and isinstance(vflip, bool):
+        # one small image costs less than the arguments of a call: those of the last ones are kept
+        try:
+            known = _known.get((images.shape, images.dtype, images.device, size, hflip, vflip))
+        except (TypeError, AttributeError, RuntimeError):
+            known = None  # something is wrong
+        if known is not None and _is_plain(images):
+            if out is None:
+                return _ops.forward(images, *known)
+            if isinstance(out, Tensor) and not out.requires_grad:
+                _ops.forward_out(images, *known, out)
+                return out
+    try:
+        height, width = size
+        h, w = map(int, images.shape[-2:])
+    except (TypeError, ValueError, AttributeError, RuntimeError):
+        raise _fault(images, size) from None
+    if not (out is None or isinstance(out, Tensor)):
+        raise _fault(None, size)
+    hmask = vmask = None
+    if hflip is not True and hflip is not False:
+        hflip, hmask = None, _mask("hflip", hflip, images)
+    if vflip is not True and vflip is not False:
+        vflip, vmask = None, _mask("vflip", vflip, images)
+    dtype = images.dtype
+    mix = _MIXES[dtype == torch.uint8]
+    plan = h, w, height, width, hflip, vflip, dtype == torch.float64, images.device
+    if torch.compiler.is_compiling():
+        tables, sizes = _chain_tables(*plan), (h, w, height, width)
+        return _traced(images, tables, sizes, mix, None, vmask, hmask, None, out)
+    plan = chain_plan(*plan)
+    result = _apply(images, plan, mix, None, vmask, hmask, None, out)
+    if hmask is None and vmask is None and type(images) is Tensor:
+        if len(_known) >= KNOWN:
+            _known.clear()
+        arguments = *plan.tables, mix, plan.sizes, None, None, None, None
+        _known[images.shape, dtype, images.device, size, hflip, vflip] = arguments
+    return result
+
+
+class FusedTransform(nn.Module):
+    """fused_transform as a module, a drop-in for the chain's four steps in `v2.Compose`."""
+
+    def __init__(
+        self, size: tuple[int, int] = SIZE, hflip: bool | Tensor = True, vflip: bool | Tensor = True
+    ) -> None:
+        super().__init__()
+        self.size = size
+        for name, flip in (("hflip", hflip), ("vflip", vflip)):
+            if isinstance(flip, Tensor):
+                self.register_buffer(name, flip)  # follows .to(device)
+            else:
+                setattr(self, name, flip)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """images: (..., 3, H, W). Returns (..., 1, *size), as fused_transform."""
+        return fused_transform(images, self.size, hflip=self.hflip, vflip=self.vflip)
+
+    def extra_repr(self) -> str:
+        return f"size={self.size}, hflip={self.hflip}, vflip={self.vflip}"
+
+
+def _result_type(dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if dtype == torch.uint8 else dtype
+
+
+def _mask(name: str, flip, images: Tensor) -> Tensor:
+    if not isinstance(flip, Tensor) or flip.dtype != torch.bool:
+        what = flip.dtype if isinstance(flip, Tensor) else repr(flip)
+        raise TypeError(f"fused_transform: {name} must be a bool or a bool tensor, not {what}")
+    if images.dim() != 4 or flip.shape != images.shape[:1]:
+        raise ValueError(
+            f"fused_transform: {name} of shape {tuple(flip.shape)} must hold one flag for each image "
+            f"of an (N, 3, H, W) batch, which is {tuple(images.shape)}"
+        )
+    if flip.device != images.device:
+        raise ValueError(f"fused_transform: {name} must be on the device of the images")
+    return flip
+
+
+def _fault(images, size) -> Exception:
+    """What is wrong with these two."""
+    if not isinstance(images, Tensor):
+        return TypeError("fused_transform: images and out must be tensors")
+    try:
+        _, _ = size
+    except (TypeError, ValueError):
+        return TypeError(f"fused_transform: size must be (height, width), not {size!r}")
+    return _no_kernel(images) or ValueError(
+        f"fused_transform: images must be (..., 3, H, W), not {tuple(images.shape)}"
+    )
+
+
+def _no_kernel(images: Tensor) -> RuntimeError | None:
+    """Why there is no kernel for images of this kind."""
+    for kind, found in (("nested", images.is_nested), ("quantized", images.is_quantized)):
+        if found:
+            return RuntimeError(f"fused_transform: no kernel for {kind} images")
+    if images.layout != torch.strided:
+        return RuntimeError(f"fused_transform: no kernel for {images.layout} images")
+    if images.device.type != "cpu":
+        more = f". Build it: FORCE_CUDA=1 {_build.COMMAND}" if images.is_cuda else ""
+        return RuntimeError(f"fused_transform: no kernel for images on {images.device}{more}")
+    return None
+
+
+def _is_plain(images: Tensor) -> bool:
+    """Whether nothing but the kernel has to hear of a call on these images: no derivative, no
+    transform of functorch, no trace. Asked in each call, so in private names, which cost less."""
+    return not (
+        (images.requires_grad and torch.is_grad_enabled())
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._get_tracing_state() is not None
+    )
+
+
+def _apply(images, plan, mix, affine, row_index, column_index, dtype, out) -> Tensor:
+    if _ops.forward is None:
+        _ops.load()
+    options = affine, row_index, column_index, dtype
+    try:
+        if out is not None:
+            _check_out(images, out)
+            _ops.forward_out(images, *plan.tables, mix, plan.sizes, *options, out)
+            return out
+        if _is_plain(images):
+            return _ops.forward(images, *plan.tables, mix, plan.sizes, *options)
+        tables = *plan.tables, *plan.transposed()
+        return _apply_recorded(images, tables, mix, plan.sizes.tolist(), *options)
+    except NotImplementedError as error:
+        raise _no_kernel(images) or error from error
+
+
+def _apply_recorded(images, tables, mix, sizes, affine, row_index, column_index, dtype) -> Tensor:
+    """The same where a derivative or a trace may be wanted. The operator itself is linear, so what
+    clamps comes after it."""
+    dtype = dtype or _result_type(images.dtype)
+    low_high = None
+    if affine is not None and dtype.is_floating_point and bool(affine[:, 1:].isfinite().any()):
+        low_high = affine[:, 1:].to(images.device, dtype).T[..., None, None]
+        affine = torch.cat([affine[:, :1], affine.new_tensor([[-inf, inf]]).expand(len(mix), 2)], 1)
+    traced = torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active()
+    apply = torch.ops.fused_transform.differentiable.default if traced else _ops.Map.apply
+    out = apply(images, *tables, mix, affine, row_index, column_index, *sizes, dtype)
+    return out if low_high is None else out.clamp(*low_high)
+
+
+def _traced(images, tables, sizes, mix, affine, row_index, column_index, dtype, out) -> Tensor:
+    """For torch.compile."""
+    options = affine, row_index, column_index, dtype
+    if out is None:
+        return _apply_recorded(images, tables, mix, sizes, *options)
+    _check_out(images, out)
+    table = _sizes_table(*sizes)
+    op = torch.ops.fused_transform.separable_map_out.default
+    op(images, *tables[:2], mix, table, *options, out)
+    return out
+
+
+@torch.compiler.assume_constant_result
+def _sizes_table(*sizes: int) -> Tensor:
+    return sizes_tensor(*sizes)
+
+
+@torch.compiler.assume_constant_result
+def _chain_tables(*arguments) -> tuple[Tensor, ...]:
+    """For torch.compile, which runs this when it traces a call: the bands are constants."""
+    _ops.load()
+    plan = chain_plan(*arguments)
+    return *plan.tables, *plan.transposed()
+
+
+@torch.compiler.assume_constant_result
+def _map_tables(rows: Bands, columns: Bands, wide: bool, device) -> tuple[Tensor, ...]:
+    _ops.load()
+    plan = Plan(rows, columns, wide, device)
+    return *plan.tables, *plan.transposed()
+
+
+def _check_out(images: Tensor, out: Tensor) -> None:
+    if (
+        (torch.is_grad_enabled() and (images.requires_grad or out.requires_grad))
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+    ):
+        raise RuntimeError("fused_transform: out= records no gradient; use torch.no_grad()")
