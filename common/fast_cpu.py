@@ -1,15 +1,15 @@
 """The CNN and the perceptual loss in less time on a CPU that computes in bfloat16.
 
-Steps per second against the plain modules (`python -m tests.manual.cnn_step`, two cores):
+Training steps per second against the plain modules, two cores, `python -m tests.manual.cnn_step`:
 
     processor, dtype                  CNN     perceptual loss, 224 px
-    Xeon with AMX, bfloat16           1.90    3.51
-    EPYC with AVX512-BF16, bfloat16   1.47    1.71
-    EPYC with AVX2 alone, float32     1.28    1.0
+    Xeon with AMX, bfloat16           1.90    3.51    (both rows at commit be81acf,
+    EPYC with AVX512-BF16, bfloat16   1.47    1.71     which had the same kernels)
+    EPYC with AVX2 alone, float32     1.3     1.0
 
 So float32 runs the plain modules. So does whatever could show a difference: hooks, changed layers,
-torch.compile, torch.func, a second derivative. `status` tells what ran and why. FAST_CPU=0 in the
-environment or `enable(False)` switches the fast path off.
+torch.compile, torch.func. A second derivative is that of the plain formula. `status` tells what
+ran and why. FAST_CPU=0 in the environment or `enable(False)` switches the fast path off.
 """
 
 import copy
@@ -41,15 +41,16 @@ PRIVATE = (  # what torch may rename: without one of these the plain modules run
 )
 BF16 = torch.bfloat16
 
-_enabled: bool | None = False if os.environ.get("FAST_CPU") == "0" else None
+_DEFAULT = False if os.environ.get("FAST_CPU") == "0" else None
+_enabled: bool | None = _DEFAULT
 _status: dict[str, str] = {}
 
 
 def enable(value: bool | None) -> None:
-    """False: never. None, the default: where it is faster. True: in float32 and on any processor
-    too, for tests and measurements."""
+    """False: never. None, the default: where it is faster, unless FAST_CPU=0 is set. True: in
+    float32 and on any processor too, for tests and measurements."""
     global _enabled
-    _enabled = value
+    _enabled = _DEFAULT if value is None else value
 
 
 def status() -> dict[str, str]:

@@ -34,7 +34,8 @@ def interrupt_at(patch: pytest.MonkeyPatch, step: int, number: int) -> list:
     begun, real = [], torch.nn.functional.mse_loss
 
     def mse_loss(*args, **settings):
-        if torch.is_grad_enabled():  # a training step, not validation
+        # a training step, not validation; of the images, not of the VGG's maps
+        if torch.is_grad_enabled() and args[0].shape[1:] == (1, 28, 28):
             begun.append(1)
             if len(begun) == step:
                 os.kill(os.getpid(), number)
