@@ -2,15 +2,15 @@
 the CPU and on CUDA; its derivatives; and the chain of the study on top of it."""
 
 from math import inf
+from operator import index
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 
 from . import _build, _ops
 from ._layout import Plan, chain_plan, sizes_tensor
-from ._layout import aside as _aside
-from ._ops import FLOATS
 from .bands import CPU, Bands
 
 SIZE = (28, 28)
@@ -38,8 +38,8 @@ def separable_map(
     """out[n, k] = clamp(sum over c of mix[k, c] * (rows @ images[n, c] @ columns^T) + bias[k]).
 
     images: (..., C, H, W), uint8, float16, bfloat16, float32 or float64, with any strides; none are
-    copied. rows, columns: bands from H to the result's height, from W to its width. mix: (C_out, C);
-    a 0 is no term, so that a NaN does not spread through it. bias: (C_out,), or what `affine`
+    copied. rows, columns: bands from H to the result's height and from W to its width. mix:
+    (C_out, C); a 0 is no term, so a NaN does not spread through it. bias: (C_out,), or what `affine`
     returned, which saves a small image its cost. row_index, column_index: (N,) int64, which variant
     each image of an (N, C, H, W) batch takes; bool for two variants. low, high: numbers, or one for
     each channel of the result. dtype: the result's; by default float32 for uint8, else that of the
@@ -114,7 +114,8 @@ def fused_transform(
                 return out
     try:
         height, width = size
-        h, w = map(int, images.shape[-2:])
+        h, w = images.shape[-2:]
+        h, w = index(h), index(w)  # under torch.compile a dynamic size becomes a constant
     except (TypeError, ValueError, AttributeError, RuntimeError):
         raise _fault(images, size) from None
     if not (out is None or isinstance(out, Tensor)):
@@ -172,7 +173,7 @@ def _mask(name: str, flip, images: Tensor) -> Tensor:
         raise TypeError(f"fused_transform: {name} must be a bool or a bool tensor, not {what}")
     if images.dim() != 4 or flip.shape != images.shape[:1]:
         raise ValueError(
-            f"fused_transform: {name} of shape {tuple(flip.shape)} must hold one flag for each image "
+            f"fused_transform: {name} of shape {tuple(flip.shape)} must hold a flag for each image "
             f"of an (N, 3, H, W) batch, which is {tuple(images.shape)}"
         )
     if flip.device != images.device:
@@ -215,6 +216,7 @@ def _is_plain(images: Tensor) -> bool:
         or forward_ad._current_level >= 0
         or torch._C._len_torch_dispatch_stack()
         or torch._C._get_tracing_state() is not None
+        or images.is_meta
     )
 
 
@@ -243,6 +245,10 @@ def _apply_recorded(images, tables, mix, sizes, affine, row_index, column_index,
     if affine is not None and dtype.is_floating_point and bool(affine[:, 1:].isfinite().any()):
         low_high = affine[:, 1:].to(images.device, dtype).T[..., None, None]
         affine = torch.cat([affine[:, :1], affine.new_tensor([[-inf, inf]]).expand(len(mix), 2)], 1)
+    if isinstance(images, FakeTensor) and not images.fake_mode.allow_non_fake_inputs:
+        tables = [images.fake_mode.from_tensor(table) for table in tables]
+        mix = images.fake_mode.from_tensor(mix)
+        affine = None if affine is None else images.fake_mode.from_tensor(affine)
     traced = torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active()
     apply = torch.ops.fused_transform.differentiable.default if traced else _ops.Map.apply
     out = apply(images, *tables, mix, affine, row_index, column_index, *sizes, dtype)
