@@ -39,7 +39,7 @@ def separable_map(
 
     images: (..., C, H, W), uint8, float16, bfloat16, float32 or float64, with any strides; none are
     copied. rows, columns: bands from H to the result's height and from W to its width. mix:
-    (C_out, C); a 0 is no term, so a NaN does not spread through it. bias: (C_out,), or what `affine`
+    (C_out, C); a 0 is no term, so no NaN spreads through it. bias: (C_out,), or what `affine`
     returned, which saves a small image its cost. row_index, column_index: (N,) int64, which variant
     each image of an (N, C, H, W) batch takes; bool for two variants. low, high: numbers, or one for
     each channel of the result. dtype: the result's; by default float32 for uint8, else that of the
