@@ -69,7 +69,7 @@ def plainly(function, *args):
     return result
 
 
-def test_layers_are_the_reports():
+def test_layers_match_the_report():
     net = ConvNet()
     assert [str(layer) for layer in net.layers] == LAYERS
     assert list(net.state_dict()) == [
@@ -125,7 +125,7 @@ def test_output_and_gradients_equal_those_of_the_layers(train, dtype, monkeypatc
         assert_near(ours.grad, theirs.grad, dtype)
 
 
-def test_a_net_in_bfloat16():
+def test_bfloat16_weights():
     net, images = ConvNet().bfloat16().eval(), some_images().bfloat16()
     output = net(images)
     assert fast_cpu.status()["cnn"] == "fast"
@@ -148,7 +148,7 @@ def test_second_derivative():
         assert_near(actual, expected)
 
 
-def test_gradients_that_others_hold_stay_as_they_are():
+def test_in_place_backward_does_not_change_visible_gradients():
     """The fast path changes gradients of maps in place, which nobody but itself may see."""
     net = ConvNet().eval()
 
@@ -188,7 +188,7 @@ def test_frozen_weights_and_recomputed_activations():
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_without_gradients(mode):
+def test_inference_modes(mode):
     net, images = ConvNet().eval(), some_images()
     expected = plainly(net, images)
     with mode():
@@ -266,7 +266,7 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
-def test_a_changed_layer_is_used(change):
+def test_changed_layer_runs_the_plain_path(change):
     net, images = ConvNet().eval(), some_images()
     change(net.layers)
     output = net(images)
@@ -274,7 +274,7 @@ def test_a_changed_layer_is_used(change):
     assert torch.equal(output, plainly(net, images))
 
 
-def test_a_dropout_without_its_effect_in_training():
+def test_dropout_with_p_0_in_training():
     net, images = ConvNet().train(), some_images()
     for layer in (net.layers[4], net.layers[7]):
         layer.p = 0.0
@@ -338,7 +338,7 @@ def test_compiled_in_one_graph():
     assert_near(exported(images), expected)
 
 
-def test_modes_and_tensors_of_other_kinds():
+def test_dispatch_modes_meta_and_tensor_subclasses():
     net, images = ConvNet().eval(), some_images()
     with FlopCounterMode(display=False) as counter:
         net(images)
@@ -381,7 +381,7 @@ def unchecked(monkeypatch):
     fast_cpu._missing.cache_clear()
 
 
-def test_float32_is_plain_and_bfloat16_fast_where_the_processor_has_it(monkeypatch):
+def test_fast_path_needs_native_bfloat16(monkeypatch):
     net, images = ConvNet().eval(), some_images()
     fast_cpu.enable(None)
     for native in (False, True):
@@ -393,7 +393,7 @@ def test_float32_is_plain_and_bfloat16_fast_where_the_processor_has_it(monkeypat
         assert (fast_cpu.status()["cnn"] == "fast") == native
 
 
-def test_the_environment_switches_it_off():
+def test_environment_variable_disables_the_fast_path():
     code = "from common import fast_cpu, models; import torch; fast_cpu._native_bf16 = lambda: 1\n"
     code += "models.ConvNet().bfloat16()(torch.rand(1, 3, 9, 9).bfloat16())\n"
     code += "print(fast_cpu.status()['cnn'])"
@@ -404,7 +404,7 @@ def test_the_environment_switches_it_off():
     assert result.stdout.strip() == "switched off"
 
 
-def test_without_a_private_name_the_layers_run(unchecked, monkeypatch):
+def test_missing_private_operator_runs_the_plain_path(unchecked, monkeypatch):
     monkeypatch.setattr(fast_cpu, "PRIVATE", ("ops.mkldnn.renamed",))
     net, images = ConvNet().eval(), some_images()
     with pytest.warns(UserWarning, match="no torch.ops.mkldnn.renamed"):
@@ -424,7 +424,7 @@ def broken(layers, images):
 
 
 @pytest.mark.parametrize(("kernel", "words"), [(wrong, "differs"), (broken, "unknown overload")])
-def test_a_kernel_that_changed_its_meaning_is_not_used(unchecked, monkeypatch, kernel, words):
+def test_failed_self_check_runs_the_plain_path(unchecked, monkeypatch, kernel, words):
     monkeypatch.setattr(fast_cpu, "run_net", kernel)
     net, images = ConvNet().eval(), some_images()
     state = torch.get_rng_state()
@@ -438,17 +438,19 @@ def test_a_kernel_that_changed_its_meaning_is_not_used(unchecked, monkeypatch, k
 # --- what the net can and cannot do ------------------------------------------------------------
 
 
-def test_fixed_flip_is_the_same_net_behind_a_flip():
+def test_fixed_flip_equals_flipping_the_input():
     net, fixed = ConvNet().eval(), ConvNet(flip="fixed").eval()
     fixed.load_state_dict(net.state_dict())
     images = torch.rand(2, 3, 32, 32, generator=generator())
     torch.testing.assert_close(fixed(images), net(images.flip(2, 3)))
 
 
-def test_nan_reaches_the_loss():
-    images = torch.rand(2, 3, 32, 32)
-    images[0, 0, 16, 16] = float("nan")
-    assert ConvNet()(images).isnan().any()
+@pytest.mark.parametrize("on", [True, False], ids=["fast", "plain"])
+def test_nan_in_the_images_gives_a_nan_loss(on):
+    fast_cpu.enable(on)
+    images = some_images()
+    images[0, 0, 6, 6] = float("nan")
+    assert F.mse_loss(ConvNet()(images), torch.zeros(2, 1, 8, 8)).isnan()
 
 
 def dropped(like):
@@ -487,7 +489,7 @@ def test_dropout_masks_are_independent():
 
 
 @pytest.mark.parametrize("on", [True, False], ids=["fast", "plain"])
-def test_torch_random_state_decides_the_bits(on):
+def test_dropout_depends_only_on_the_random_state(on):
     fast_cpu.enable(on)
     net, images = ConvNet(), torch.rand(3, 3, 32, 32)
     torch.manual_seed(5)
@@ -514,7 +516,7 @@ def box(rows, columns):
     return mask
 
 
-def test_the_net_cannot_mirror():
+def test_receptive_field_excludes_flipped_pixel():
     """An output pixel sees 13x13 input pixels, and the pixel that belongs there after the flips
     lies outside of them, but for the 6x6 outputs in the middle."""
     net = ConvNet().eval()

@@ -29,8 +29,9 @@ TOLERANCE = {
 
 
 def grad_tolerance(dtype):
-    """Of the gradient's norm. A ReLU or a maximum that is within rounding of a tie may fall either
-    way, then all of its gradient differs: of the squares a share like the relative error, times 4."""
+    """The tolerance of the gradient's relative norm. Rounding can decide a ReLU or a maximum near a
+    tie, and all of that gradient then differs. The share of such elements, so of the squared norm,
+    is like the relative error; times 4."""
     return 2 * TOLERANCE[dtype] ** 0.5
 
 
@@ -132,7 +133,7 @@ def test_equals_torchvision(weights, size, dtype, on):
     assert distance(grad, expected_grad) <= grad_tolerance(dtype)
 
 
-def test_the_kernels_equal_the_formula_in_float64():
+def test_fast_path_equals_formula_in_float64():
     """Where rounding hides no mistake."""
     loss_fn = small_loss().double()
     loss_fn.size = 45
@@ -159,7 +160,7 @@ def test_bfloat16(weights, on):
     assert distance(grad, exact_grad) <= grad_tolerance(torch.bfloat16)
 
 
-def test_batches_cut_into_chunks_give_the_same(monkeypatch):
+def test_chunk_size_does_not_change_the_result(monkeypatch):
     whole, (output, target) = loss_of("random"), images()
     results = []
     for chunk in (1, 2, 3):
@@ -175,7 +176,7 @@ def test_batches_cut_into_chunks_give_the_same(monkeypatch):
 
 
 @pytest.mark.parametrize("on", [False, True], ids=["plain", "fast"])
-def test_frozen_and_out_of_checkpoints(on):
+def test_vgg_is_frozen_and_not_in_the_state_dict(on):
     fast_cpu.enable(on)
     loss = loss_of("random")
     assert list(loss.parameters()) == []
@@ -195,7 +196,7 @@ def test_frozen_and_out_of_checkpoints(on):
 
 
 @pytest.mark.parametrize("on", [False, True], ids=["plain", "fast"])
-def test_first_called_for_validation(on):
+def test_training_after_a_first_call_in_inference_mode(on):
     fast_cpu.enable(on)
     loss, (output, target) = small_loss(), images()
     with torch.inference_mode():
@@ -255,7 +256,7 @@ def trainable(loss):
 
 
 @pytest.mark.parametrize("change", [hooked, pooled, rescaled, recentred, trainable])
-def test_a_changed_vgg_is_used(change):
+def test_changed_vgg_changes_the_loss(change):
     loss, (output, target) = small_loss(), images()
     before = loss(output, target)
     assert fast_cpu.status()["vgg"] == "fast"
@@ -300,7 +301,7 @@ def test_empty_batch():
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-def test_on_a_gpu_it_is_the_formula():
+def test_gpu_runs_the_plain_path():
     loss, (output, target) = small_loss(), images()
     expected = loss(output, target)
     value = loss.to("cuda")(output.cuda(), target.cuda())
@@ -308,7 +309,7 @@ def test_on_a_gpu_it_is_the_formula():
     torch.testing.assert_close(value.cpu(), expected, rtol=1e-2, atol=0)  # TF32
 
 
-def test_needs_two_gray_batches_of_one_shape():
+def test_invalid_shapes_raise_value_error():
     gray = torch.rand(2, 1, 28, 28)
     for other in (gray[:1], gray[:, 0], gray.expand(-1, 3, -1, -1)):
         with pytest.raises(ValueError, match="N, 1, H, W"):
@@ -320,7 +321,7 @@ def test_needs_two_gray_batches_of_one_shape():
 # --- weight files -------------------------------------------------------------------------------
 
 
-def test_random_is_always_the_same_and_draws_nothing():
+def test_random_weights_are_fixed_and_keep_the_random_state():
     state = torch.get_rng_state()
     first, second = load_vgg16("random"), load_vgg16("random")
     assert all(torch.equal(first[key], second[key]) for key in first)
@@ -329,7 +330,7 @@ def test_random_is_always_the_same_and_draws_nothing():
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_a_path_may_begin_with_the_home_folder(tmp_path, monkeypatch):
+def test_tilde_in_weights_path_is_expanded(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     save(tmp_path / "vgg.pth", good())
     PerceptualLoss("~/vgg.pth", 32)
@@ -395,7 +396,7 @@ BAD_FILES = {
 
 
 @pytest.mark.parametrize(("change", "message"), BAD_FILES.values(), ids=BAD_FILES)
-def test_bad_weights(tmp_path, change, message, capsys):
+def test_invalid_state_dict_is_refused(tmp_path, change, message, capsys):
     path = save(tmp_path / "vgg.pth", change(good()))
     with pytest.raises(UserError, match=message) as caught:
         PerceptualLoss(path)
@@ -404,7 +405,7 @@ def test_bad_weights(tmp_path, change, message, capsys):
     assert capsys.readouterr().out == ""
 
 
-def test_bad_files(tmp_path):
+def test_unreadable_weight_file_is_refused(tmp_path):
     with pytest.raises(UserError, match="no such file"):
         PerceptualLoss(tmp_path / "none.pth")
     with pytest.raises(UserError, match="no such file"):
@@ -423,7 +424,7 @@ def test_bad_files(tmp_path):
 
 
 @pytest.mark.parametrize("size", [31, 0, -224])
-def test_bad_size_is_told_before_the_weights_are_read(size):
+def test_size_is_checked_before_the_weights_are_read(size):
     with pytest.raises(UserError, match="32"):
         PerceptualLoss("/no/such/file", size)
 

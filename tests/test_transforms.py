@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
-from torchvision.transforms.v2 import functional as F
 
 from common.transforms import matmul_transform, reference_transform
+from tests.runs import torchvision_chain
 
 SIZES = [  # (H, W) -> size
     ((32, 32), (28, 28)),
@@ -18,14 +18,6 @@ SIZES = [  # (H, W) -> size
     ((33, 47), (56, 90)),
     ((100, 100), (99, 101)),
 ]
-
-
-def torchvision_chain(images, size, hflip=True, vflip=True):
-    if images.dtype == torch.uint8:
-        images = F.to_dtype(images, torch.float32, scale=True)
-    out = F.rgb_to_grayscale(F.resize(images, list(size), antialias=True))
-    out = F.horizontal_flip(out) if hflip else out
-    return F.vertical_flip(out) if vflip else out
 
 
 @pytest.mark.parametrize(("shape", "size"), SIZES)
@@ -52,7 +44,7 @@ def test_matmul_equals_torchvision_at_random_sizes(seed):
     torch.testing.assert_close(actual, expected, atol=1e-6, rtol=0)
 
 
-def test_reference_is_the_chain_of_the_report():
+def test_reference_transform_is_the_report_chain():
     images = torch.randint(0, 256, (5, 3, 32, 32), dtype=torch.uint8)
     out = reference_transform(images)
     assert out.shape == (5, 1, 28, 28)
@@ -64,7 +56,7 @@ def test_reference_is_the_chain_of_the_report():
     assert reference_transform(corner).flatten().argmax() == 28 * 28 - 1
 
 
-def test_a_matrix_of_one_mode_serves_no_other():
+def test_cached_matrix_is_independent_of_mode():
     """A matrix made under inference_mode or with fake tensors, then training on that size."""
     shape = 2, 3, 23, 19
     with torch.inference_mode():

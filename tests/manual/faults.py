@@ -25,14 +25,14 @@ import train_cnn
 import train_fc
 from common import UserError, checkpoints, cli, data, figures
 from common.transforms import fused_transform, matmul_transform
-from tests.runs import ROOT, assert_equal_runs, quiet_environment
+from tests.runs import ROOT, SMALL, assert_equal_runs, quiet_environment
 
-SMALL = ["--data", "synthetic", "--dry-run", "--epochs", "6"]
+SIX = [*SMALL, "--epochs", "6"]
 RANDOM = ["--perceptual", "--vgg-weights", "random", "--vgg-size", "32"]
 RUNS = {
-    "fc": ["train_fc", *SMALL],
-    "cnn mse": ["train_cnn", *SMALL, "--train-size", "150", "--batch-size", "16"],
-    "cnn perceptual": ["train_cnn", *SMALL, "--train-size", "40", "--batch-size", "8", *RANDOM],
+    "fc": ["train_fc", *SIX],
+    "cnn mse": ["train_cnn", *SIX, "--train-size", "150", "--batch-size", "16"],
+    "cnn perceptual": ["train_cnn", *SIX, "--train-size", "40", "--batch-size", "8", *RANDOM],
 }
 
 
