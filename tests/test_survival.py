@@ -264,7 +264,7 @@ def test_zip_entry_marked_as_a_folder_is_read(tmp_path):
 
 @pytest.mark.parametrize("key", ["optimizer", "scheduler", "history", "random", "args"])
 @pytest.mark.parametrize("value", [None, 3, {"a": 1}], ids=str)
-def test_checkpoint_with_wrong_types_is_refused(capsys, train_fc, *SMALL, copy, key, value):
+def test_checkpoint_with_wrong_types_is_refused(capsys, copy, key, value):
     path = copy / "last.pt"
     torch.save(torch.load(path) | {key: value}, path)
     err = refused(capsys, train_fc, *SMALL, "--epochs", 3, "--out", copy, "--resume")
@@ -280,7 +280,7 @@ def test_file_without_a_checkpoint_is_refused(tmp_path, content):
         checkpoints.load_checkpoint(path, nn.Linear(2, 3))
 
 
-def test_resume_with_other_data_is_refused(capsys, train_fc, *SMALL, copy, tmp_path, monkeypatch):
+def test_resume_with_other_data_is_refused(capsys, copy, tmp_path, monkeypatch):
     path = copy / "last.pt"
     state = torch.load(path)
     torch.save(state | {"args": state["args"] | {"data": "cifar10"}}, path)
@@ -336,7 +336,7 @@ def test_folder_name_that_is_not_utf8(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("flag", ["--seed", "--train-size", "--epochs"])
-def test_integer_flag_above_int32_is_refused(capsys, train_fc, *SMALL, tmp_path, flag):
+def test_integer_flag_above_int32_is_refused(capsys, tmp_path, flag):
     assert "too large" in refused(capsys, train_fc, *SMALL, flag, 10**30, "--out", tmp_path)
 
 

@@ -178,12 +178,12 @@ def test_invalid_flags_exit_2_with_one_line(capsys, tmp_path, flags, words):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_cuda_without_a_device_is_refused(capsys, train_fc, tmp_path):
+def test_cuda_without_a_device_is_refused(capsys, tmp_path):
     err = refused(capsys, train_fc, *SMALL, "--device", "cuda", "--out", tmp_path)
     assert "--device cpu" in err
 
 
-def test_unwritable_out_is_refused(capsys, train_fc, tmp_path):
+def test_unwritable_out_is_refused(capsys, tmp_path):
     (tmp_path / "file").touch()
     err = refused(capsys, train_fc, *SMALL, "--out", tmp_path / "file" / "run")
     assert "--out" in err
