@@ -1,4 +1,5 @@
-"""The training scripts run in the tests' own process here, as starting torch takes seconds."""
+"""Fixtures. The tests run the training scripts in their own process, as importing torch takes
+seconds."""
 
 import os
 import shutil

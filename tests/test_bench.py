@@ -25,7 +25,7 @@ DOCUMENTED = {
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch, tmp_path):
-    """Small, and in a folder without checkpoints."""
+    """A short benchmark in a folder without checkpoints."""
     monkeypatch.setattr(torch, "compile", lambda function, **settings: function)
     monkeypatch.setattr(bench, "GROWTH", (1, 10))
     monkeypatch.setattr(bench, "GROWTH_BUDGET_S", 0)
@@ -66,7 +66,7 @@ def test_run_writes_documented_files(capsys):
 
 
 def test_charts(tmp_path, monkeypatch):
-    monkeypatch.undo()  # the real ones
+    monkeypatch.undo()  # the real chart functions
     row = {"name": "fused", "device": "cpu", "protocol": "report", "batch": 10, "us_per_image": 1.0}
     row |= {"median_s": 1.0, "peer": False}
     shown = []
@@ -84,7 +84,7 @@ def test_charts(tmp_path, monkeypatch):
 
 
 def slower(monkeypatch, name, step):
-    """Puts `step` after the method's own."""
+    """Runs `step` after the method's own step."""
 
     def methods(*args):
         found = real(*args)
@@ -98,7 +98,7 @@ def slower(monkeypatch, name, step):
 
 
 def test_slowdown_changes_only_its_own_row(monkeypatch):
-    # by a clock that moves on by 1 ms when it is read, so that a busy machine does not matter
+    # a fake clock advances by 1 ms per reading, so that load on the machine does not matter
     now = [0.0]
 
     def wait(seconds):
@@ -178,7 +178,7 @@ def test_peers_are_marked_and_missing_ones_listed(monkeypatch):
     monkeypatch.setattr(bench, "PEERS", peers)
     result, rows = run("--peers")
     assert result["not_installed"] == ["missing (cpu)"]
-    assert rows["tensor", "other"]["max_abs_error"] > 0.01  # wrong, and timed all the same
+    assert rows["tensor", "other"]["max_abs_error"] > 0.01  # wrong, but timed
     assert rows["tensor", "other"]["median_s"] > 0
 
 

@@ -1,5 +1,5 @@
-"""What a user's command and environment may do to a training script: folders, flags, streams,
-variables. Nothing that a run has written is lost, and a mistake costs one line."""
+"""The command line of the training scripts: folders, flags, signals, streams and environment
+variables. No result of a run is lost, and an error is one line."""
 
 import json
 import os
@@ -131,7 +131,8 @@ def test_ignored_sighup_stays_ignored(tmp_path, monkeypatch):
 
 
 def test_run_completes_with_closed_stdout_and_full_stderr(tmp_path):
-    """And nor does the backend of a notebook; all in one process, as each takes seconds."""
+    """Also with the matplotlib backend of a notebook: one subprocess for all, as each takes
+    seconds."""
     environment = quiet_environment(MPLBACKEND="module://matplotlib_inline.backend_inline")
     command = [sys.executable, "train_fc.py", *SMALL, "--epochs", "1", "--out", str(tmp_path)]
     reader, writer = os.pipe()
@@ -162,7 +163,7 @@ def test_stream_drops_output_that_cannot_be_written():
 
 
 def test_ctrl_c_during_the_imports_prints_no_traceback(tmp_path):
-    """A stand-in for torch sends the signal while it is imported."""
+    """A fake torch module sends the signal during its import."""
     (tmp_path / "torch.py").write_text("import os, time; os.kill(os.getpid(), 2); time.sleep(60)")
     command = [sys.executable, "train_fc.py"]
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}

@@ -22,9 +22,9 @@ from common.models import ConvNet
 from common.transforms import reference_transform
 from tests.runs import ROOT
 
-# The norm of the difference over the norm. A rounding in each of the four layers, forward and
-# backward: in float32 it comes from sums of up to 4,500 products, in bfloat16, whose sums are
-# float32, from each result; there with a margin of 4.
+# Of the norm of the difference over the norm. Four layers round, forward and backward: in float32
+# their sums of up to 4,500 products, in bfloat16, which sums in float32, their results, with a
+# margin of 4.
 TOLERANCE = {torch.float32: 8 * 4500**0.5 * 2**-24, torch.bfloat16: 4 * 8 * 2**-8}
 LAYERS = [
     "Conv2d(3, 64, kernel_size=(4, 4), stride=(1, 1), padding=(1, 1))",
@@ -41,7 +41,7 @@ LAYERS = [
 
 @pytest.fixture(autouse=True)
 def fast():
-    """The fast path wherever it can run, also where it gains nothing."""
+    """Enables the fast path in float32 and on any processor."""
     fast_cpu.enable(True)
     yield
     fast_cpu.enable(None)
@@ -82,7 +82,7 @@ def test_layers_match_the_report():
         ConvNet(flip="both")
 
 
-# --- the fast path gives what the layers give ---------------------------------------------------
+# --- the fast path equals the layers ------------------------------------------------------------
 
 
 class Masked(nn.Module):
@@ -149,7 +149,7 @@ def test_second_derivative():
 
 
 def test_in_place_backward_does_not_change_visible_gradients():
-    """The fast path changes gradients of maps in place, which nobody but itself may see."""
+    """The fast path changes gradients in place; no gradient that a user can access may change."""
     net = ConvNet().eval()
 
     def gradients(images):
@@ -161,7 +161,7 @@ def test_in_place_backward_does_not_change_visible_gradients():
         images.register_hook(seen.append)
         net.layers[2].weight.register_hook(seen.append)
         given = torch.ones_like(output)
-        for _ in range(2):  # the second time through the same graph
+        for _ in range(2):  # backward twice through the same graph
             output.backward(given, retain_graph=True)
         assert torch.equal(given, torch.ones_like(output))
         return [*seen, output.grad, images.grad, *(p.grad for p in net.parameters())]
@@ -196,7 +196,7 @@ def test_inference_modes(mode):
         assert fast_cpu.status()["cnn"] == "fast"
 
 
-# --- whatever could show a difference runs the layers -------------------------------------------
+# --- hooks, changed layers and transforms run the plain layers ----------------------------------
 
 
 HOOKS = [
@@ -374,7 +374,7 @@ def test_copied_and_pickled():
 
 @pytest.fixture
 def unchecked(monkeypatch):
-    """As at the start of a process."""
+    """Resets the cached checks to the state at the start of a process."""
     fast_cpu._missing.cache_clear()
     monkeypatch.setattr(fast_cpu, "_checked", {})
     yield
@@ -410,7 +410,7 @@ def test_missing_private_operator_runs_the_plain_path(unchecked, monkeypatch):
     with pytest.warns(UserWarning, match="no torch.ops.mkldnn.renamed"):
         output = net(images)
     assert torch.equal(output, plainly(net, images))
-    with warnings.catch_warnings(action="error"):  # told once
+    with warnings.catch_warnings(action="error"):  # warned once
         net(images)
     assert "renamed" in fast_cpu.status()["cnn"]
 
@@ -517,16 +517,16 @@ def box(rows, columns):
 
 
 def test_receptive_field_excludes_flipped_pixel():
-    """An output pixel sees 13x13 input pixels, and the pixel that belongs there after the flips
-    lies outside of them, but for the 6x6 outputs in the middle."""
+    """The receptive field is 13x13 input pixels. It contains the flipped pixel only for the 6x6
+    outputs in the middle."""
     net = ConvNet().eval()
-    for parameter in net.parameters():  # no unit dead, no two paths that cancel
+    for parameter in net.parameters():  # no dead units and no cancellation
         parameter.data.abs_()
     assert torch.equal(seen(net, 14, 14), box((10, 23), (10, 23)))  # 13x13
     assert torch.equal(seen(net, 0, 0), box((0, 9), (0, 9)))
     assert torch.equal(seen(net, 0, 27), box((0, 9), (23, 32)))
     assert torch.equal(seen(net, 27, 27), box((23, 32), (23, 32)))
-    # Both are products of rows and columns, so rows alone tell which outputs see their source.
+    # Receptive field and source region are products of rows and columns, so rows are enough.
     sighted = [
         y
         for y in range(28)

@@ -1,4 +1,4 @@
-"""Splits, batches, synthetic images, and CIFAR-10 as it may lie on disk."""
+"""Splits, batches, synthetic images, and CIFAR-10 on disk: extracted, as an archive, damaged."""
 
 import gzip
 import hashlib
@@ -28,7 +28,7 @@ def load(name="synthetic", root="nowhere", **changes):
 
 @pytest.fixture
 def cifar(tmp_path, monkeypatch):
-    """A folder with a tiny CIFAR-10, 20 images a file, whose md5 torchvision is told to expect."""
+    """A folder with a tiny CIFAR-10 of 20 images per file; torchvision expects its md5."""
     folder = tmp_path / CIFAR10.base_folder
     folder.mkdir()
     rng = np.random.default_rng(0)
@@ -103,7 +103,7 @@ def test_synthetic_images_have_natural_second_order_statistics():
     red, green = (x[:, i].flatten() for i in (0, 1))
     assert torch.corrcoef(torch.stack([red, green]))[0, 1] > 0.8
     spectrum = torch.fft.rfft2(x.mean(1)).abs().mean(0)
-    slope = (spectrum[0, 2] / spectrum[0, 8]).log2() / 2  # two octaves
+    slope = (spectrum[0, 2] / spectrum[0, 8]).log2() / 2  # over two octaves
     assert 0.7 < slope < 1.3
 
 
@@ -194,7 +194,7 @@ def test_train_size_above_50000_is_refused(cifar):
 
 @pytest.fixture
 def server(tmp_path_factory):
-    """A web server on this machine; `server.delay` is what it sleeps before each 1,000 bytes."""
+    """A local web server; `server.delay`: seconds to sleep before each 1,000 bytes."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
@@ -205,7 +205,7 @@ def server(tmp_path_factory):
                     time.sleep(web.delay)
                     self.wfile.write(web.content[i : i + 1000])
                     self.wfile.flush()
-            except OSError:  # the client went away, as it should
+            except OSError:  # the client closed the connection, as expected
                 pass
 
         def log_message(self, *args):
@@ -245,7 +245,7 @@ def test_failed_download_says_what_to_do(cifar, server, tmp_path_factory, monkey
         load("cifar10", root)
     for part in (CIFAR10.filename, CIFAR10.tgz_md5, str(root)):
         assert part in str(error.value)
-    assert list(root.iterdir()) == []  # no half of an archive
+    assert list(root.iterdir()) == []  # no partial archive
 
 
 @pytest.mark.skipif("DATA_DIR" not in os.environ, reason="DATA_DIR names no folder with CIFAR-10")

@@ -1,4 +1,4 @@
-"""Exact series, and the exact epoch at which each rule stops."""
+"""Loss series with the exact epoch at which each rule stops."""
 
 import math
 
@@ -8,7 +8,7 @@ from common.early_stopping import EarlyStopping
 
 
 def stop_epoch(losses, **settings):
-    """The epoch, from 1, of the first True; None where there is none."""
+    """The epoch, from 1, at which training stops; None if it does not."""
     stopping = EarlyStopping(**settings)
     return next((i for i, loss in enumerate(losses, 1) if stopping.step(loss)), None)
 
@@ -30,7 +30,7 @@ def test_increasing_loss_stops_both_rules():
     assert stop_epoch(rise, rule="window") == 11
 
 
-# 0.25 and its multiples are exact in binary, so equality is equality
+# multiples of 0.25 are exact in binary, so the comparison at equality is exact
 @pytest.mark.parametrize(
     ("last", "expected"),
     [(0.75, 4), (0.7499, None), (0.7501, 4), (1.0, 4)],
@@ -57,7 +57,7 @@ def test_rules_differ_on_a_spike():
 
 
 def test_small_gains_add_up_over_the_patience_window():
-    # each epoch gains less than min_delta, three of them more
+    # each epoch gains less than min_delta, three epochs together more
     losses = [1 - 0.1 * i for i in range(10)]
     assert stop_epoch(losses, patience=3, min_delta=0.25) is None
     assert stop_epoch(losses, patience=2, min_delta=0.25) == 3
@@ -97,7 +97,7 @@ def test_restored_state_stops_at_the_same_epoch(rule, cut):
     actual = [first.step(loss) for loss in losses[:cut]]
     second = EarlyStopping()
     second.load_state_dict(first.state_dict())
-    first.step(0.1)  # what the first does now must not reach the second
+    first.step(0.1)  # later steps of the first must not change the second
     actual += [second.step(loss) for loss in losses[cut:]]
     assert actual == expected
     assert second.state_dict() == whole.state_dict()

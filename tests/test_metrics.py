@@ -1,4 +1,4 @@
-"""The scores against numpy, and their edges."""
+"""The scores against numpy, and their edge cases."""
 
 import numpy as np
 import pytest
@@ -54,7 +54,7 @@ def test_ceiling_error_is_that_of_the_best_rank_128_map():
     assert metrics.ceiling(low[:600], low[600:])["mse"] < 1e-10
     full = torch.rand(900, 1, 28, 28, generator=generator)
     ceiling = metrics.ceiling(full, full)["mse"]
-    # Eckart-Young: what is left are the singular values beyond the 128th
+    # Eckart-Young: the error is the sum of squares of the singular values beyond the 128th
     centred = (full - full.mean(0)).flatten(1).double()
     expected = torch.linalg.svdvals(centred)[128:].square().sum() / full.numel()
     assert ceiling == pytest.approx(expected.item(), rel=1e-4)

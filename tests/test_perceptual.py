@@ -19,8 +19,8 @@ from common.perceptual import PerceptualLoss
 from common.vgg16 import load_vgg16
 
 TERMS = ["mse", "vgg2", "vgg7", "vgg14", "vgg21", "vgg28"]
-# The relative error of a distance behind 13 convolutions: in float32 each sums up to 9 * 512
-# products, in bfloat16, whose sums are float32, each rounds its result.
+# The relative error of a distance after 13 convolutions: in float32 each rounds sums of up to
+# 9 * 512 products; in bfloat16, which sums in float32, each rounds its result.
 TOLERANCE = {
     torch.float64: 1e-6,  # mean and std are float32 numbers
     torch.float32: 13 * (9 * 512) ** 0.5 * 2**-24,
@@ -37,7 +37,7 @@ def grad_tolerance(dtype):
 
 @pytest.fixture(autouse=True)
 def fast():
-    """The fast path wherever it can run, also where it gains nothing."""
+    """Enables the fast path in float32 and on any processor."""
     fast_cpu.enable(True)
     yield
     fast_cpu.enable(None)
@@ -58,7 +58,7 @@ def loss_of(weights):
 
 
 def small_loss():
-    """A loss of one's own, to be changed."""
+    """A copy that the test may change."""
     return copy.deepcopy(loss_of("random"))
 
 
@@ -134,7 +134,7 @@ def test_equals_torchvision(weights, size, dtype, on):
 
 
 def test_fast_path_equals_formula_in_float64():
-    """Where rounding hides no mistake."""
+    """float64, so that rounding cannot hide an error."""
     loss_fn = small_loss().double()
     loss_fn.size = 45
     results = []
@@ -190,7 +190,7 @@ def test_vgg_is_frozen_and_not_in_the_state_dict(on):
     assert not any(term.requires_grad for term in loss.terms.values())
     with torch.no_grad():
         assert not loss(output, target).requires_grad
-    once = output.grad.clone()  # scaled, and added to the gradient of another loss
+    once = output.grad.clone()  # the gradient scales and accumulates
     (2 * loss(output, target)).backward()
     torch.testing.assert_close(output.grad, 3 * once)
 
@@ -217,7 +217,7 @@ def second_derivative(loss):
 
 
 def test_second_derivative():
-    """That of the MSE alone is constant: 2 / n times the first derivative times 2."""
+    """The second derivative of the whole loss, not of its MSE term only."""
     loss = loss_of("random")
     fast_results = second_derivative(loss)
     assert fast_cpu.status()["vgg"] == "fast"
@@ -292,7 +292,7 @@ def test_torch_func_and_compile():
 
 
 def test_empty_batch():
-    """As F.mse_loss: a mean of nothing, NaN, with an empty gradient."""
+    """Like F.mse_loss: NaN, the mean of no elements, with an empty gradient."""
     output = torch.empty(0, 1, 28, 28, requires_grad=True)
     loss = loss_of("random")(output, torch.empty(0, 1, 28, 28))
     loss.backward()
@@ -337,7 +337,7 @@ def test_tilde_in_weights_path_is_expanded(tmp_path, monkeypatch):
 
 
 def small(state):
-    """Of each tensor one number, expanded: the files stay small."""
+    """Each tensor as one expanded number, so that the files are small."""
     return {key: value.flatten()[:1].expand(value.shape) for key, value in state.items()}
 
 
@@ -439,7 +439,7 @@ def test_imagenet_without_network(tmp_path, monkeypatch):
         PerceptualLoss("imagenet")
     for word in ("vgg16-397923af.pth", "528 MB", "--vgg-weights", str(tmp_path)):
         assert word in str(caught.value)
-    # put there by hand, it is taken
+    # a file placed there by hand is used
     assert torch.hub.get_dir().startswith(str(tmp_path))
     save(tmp_path / "hub" / "checkpoints" / "vgg16-397923af.pth", good())
     PerceptualLoss("imagenet", 32)

@@ -1,4 +1,4 @@
-"""README.md: its tables are those of results/; its pictures, flags and commands exist."""
+"""README.md: its tables match results/; its pictures, flags and commands exist."""
 
 import importlib
 import re

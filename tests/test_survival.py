@@ -1,5 +1,5 @@
-"""What befalls a run: several processes, kills at any moment, full disks, damaged files, a second
-run in its folder. Nothing may be lost, nothing hang, and a mistake costs one line."""
+"""Fault tolerance: several ranks, kills at any moment, full disks, damaged files, a second run in
+the same folder. No state is lost, nothing hangs, and an error is one line."""
 
 import fcntl
 import io
@@ -31,13 +31,13 @@ from tests.runs import (
     start_ranks,
 )
 
-# 288 images train: nine batches of 31 and one of 9, none of which two processes share evenly
+# 288 training images: nine batches of 31 and one of 9, none of which splits evenly over two ranks
 ODD = [*SMALL, "--batch-size", 31]
-# the last of the three batches is one image, so that one of the processes has none
+# the last of the three batches is one image, so one of the ranks has none
 LAST_ALONE = [*SMALL, "--train-size", 36, "--batch-size", 16]
 PERCEPTUAL = ["--perceptual", "--vgg-weights", "random", "--vgg-size", 32]
 RUN = "import train_{0}; from common import cli; cli.run(train_{0}.main)"
-# A signal to the second process alone, and no dropout.
+# A signal to the second rank only, and no dropout.
 RANK = """
 import os, sys, pytest
 from tests.runs import interrupt_at
@@ -50,7 +50,7 @@ sys.argv[0] = "train.py"
 """
 
 
-# --- several processes ---------------------------------------------------------------------------
+# --- several ranks -------------------------------------------------------------------------------
 
 
 def test_two_ranks_match_one_process_and_stop_together(tmp_path):
@@ -63,10 +63,10 @@ def test_two_ranks_match_one_process_and_stop_together(tmp_path):
         command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode != 0  # torchrun reports that its ranks ended early
-    assert done.stdout.count("epoch:1") == 1  # only the first process speaks
+    assert done.stdout.count("epoch:1") == 1  # only the first rank prints
     assert done.stderr.count("--resume") == 1
     state = torch.load(tmp_path / "two" / "last.pt")
-    assert (len(state["history"]), state["step"]) == (1, 3)  # of ten an epoch
+    assert (len(state["history"]), state["step"]) == (1, 3)  # of ten steps per epoch
     run_script(train_fc, *flags, "--resume")
     run_script(train_fc, *ODD, "--epochs", 2, "--out", tmp_path / "one")
     assert_close_runs(tmp_path / "one", tmp_path / "two")
@@ -96,11 +96,11 @@ def test_killed_rank_ends_the_others_and_one_process_resumes(tmp_path, monkeypat
 
 
 class Killed(BaseException):
-    """Nothing catches it, as nothing catches SIGKILL."""
+    """Simulates SIGKILL: no except clause of the scripts catches it."""
 
 
 def killed(monkeypatch, module, name, moment, *args):
-    """Runs the script until the call number `moment` of module.name, where it dies."""
+    """Runs the script until call number `moment` of module.name, which raises Killed."""
     calls, real = [], getattr(module, name)
 
     def dies(*arguments, **settings):
@@ -194,7 +194,7 @@ def test_full_disk_loses_only_the_current_epoch(copy, capsys):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert "File too large" in err
-    ends_with = set(run.ENDS_WITH)  # of the run that has ended: it is no longer true
+    ends_with = set(run.ENDS_WITH)  # results of the previous end, removed by the resume
     kept = {name: content for name, content in before.items() if name not in ends_with}
     assert {path.name: path.read_bytes() for path in copy.iterdir()} == kept
     run_script(train_fc, *SMALL, "--epochs", 3, "--out", copy, "--resume")
@@ -244,21 +244,21 @@ def test_corrupted_checkpoint_is_refused_or_loads_unchanged(checkpoint):
         altered[place] ^= numbers.randrange(1, 256)
         path.write_bytes(altered)
         try:
-            assert same(dict(checkpoints.load_checkpoint(path, net)), saved)  # in a gap, not read
+            assert same(dict(checkpoints.load_checkpoint(path, net)), saved)  # an unread byte
         except UserError:
             refusals += 1
     assert refusals > 100
 
 
 def test_zip_entry_marked_as_a_folder_is_read(tmp_path):
-    path, net = tmp_path / "last.pt", nn.Linear(3000, 1000)  # 12 MB come as fresh memory
+    path, net = tmp_path / "last.pt", nn.Linear(3000, 1000)  # 12 MB are newly allocated memory
     saved = {"model": net.state_dict()}
     torch.save(saved, path)
     content = bytearray(path.read_bytes())
-    content[content.rindex(b"last/data/0") - 8] |= 0x10  # in the archive's directory
+    content[content.rindex(b"last/data/0") - 8] |= 0x10  # the attributes in the central directory
     path.write_bytes(content)
     other = nn.Linear(3000, 1000)
-    checkpoints.load_checkpoint(path, other)  # torch alone would return what the memory held
+    checkpoints.load_checkpoint(path, other)  # torch.load alone would return uninitialised memory
     assert same({"model": other.state_dict()}, saved)
 
 
@@ -290,7 +290,7 @@ def test_resume_with_other_data_is_refused(capsys, copy, tmp_path, monkeypatch):
     assert "--data cifar10, not synthetic" in capsys.readouterr().err
 
 
-# --- the rest ------------------------------------------------------------------------------------
+# --- other errors --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("where", ["in a step", "in the data"])

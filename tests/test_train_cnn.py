@@ -39,12 +39,12 @@ def test_resume_within_an_epoch_is_bit_identical(tmp_path, monkeypatch, flags):
     two = [*TINY, *flags, "--epochs", 2]
     run(*two, "--out", tmp_path / "whole")
     with monkeypatch.context() as patch:
-        interrupt_at(patch, 4, signal.SIGINT)  # three steps are an epoch
+        interrupt_at(patch, 4, signal.SIGINT)  # an epoch has three steps
         run(*two, "--out", tmp_path / "cut", code=130)
     run(*two, "--out", tmp_path / "cut", "--resume")
     assert_equal_runs(tmp_path / "whole", tmp_path / "cut")
     rates = [line["lr"] for line in history(tmp_path / "whole")]
-    assert rates == pytest.approx([1e-3 * 4 / 6, 1e-3 / 6])  # in a line to zero
+    assert rates == pytest.approx([1e-3 * 4 / 6, 1e-3 / 6])  # linear decay to zero
 
 
 def test_resume_with_other_epochs_is_refused(tmp_path, capsys):
@@ -71,7 +71,7 @@ def test_compare_evaluates_the_other_checkpoint(tmp_path):
     run(*TINY, *RANDOM, "--epochs", 0, "--out", tmp_path / "perceptual", "--compare", best)
     result = json.loads((tmp_path / "perceptual" / "metrics.json").read_text())
     first = json.loads((tmp_path / "mse" / "metrics.json").read_text())
-    other = result["others"][str(best)]  # behind its own flip
+    other = result["others"][str(best)]  # with its own --flip
     assert {key: other[key] for key in first["test"]} == pytest.approx(first["test"])
     assert other["terms"].keys() == {"loss", *TERMS}
 

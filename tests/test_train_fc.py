@@ -1,4 +1,4 @@
-"""train_fc.py as a user runs it: its files, its resume, its refusals."""
+"""train_fc.py as a user runs it: output files, resume and errors."""
 
 import json
 import os
@@ -38,7 +38,7 @@ def finished(tmp_path_factory):
     command = [sys.executable, str(ROOT / "train_fc.py"), *SMALL, "--out", str(out)]
     environment = {**os.environ, "WANDB_MODE": "disabled"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    assert "it/s" not in done.stderr  # no bar where there is no terminal
+    assert "it/s" not in done.stderr  # no progress bar without a terminal
     return out, done.stdout
 
 
@@ -79,7 +79,7 @@ def test_resume_between_epochs_is_bit_identical(finished, tmp_path):
     assert_equal_runs(tmp_path, finished[0])
 
 
-# nine steps are an epoch
+# an epoch has nine steps
 @pytest.mark.parametrize(
     ("number", "step"), [(signal.SIGINT, 1), (signal.SIGTERM, 9), (signal.SIGINT, 13)]
 )
@@ -88,7 +88,7 @@ def test_resume_within_an_epoch_is_bit_identical(
 ):
     begun = interrupt_at(monkeypatch, step, number)
     run(*SMALL, "--epochs", 2, "--out", tmp_path, code=128 + number)
-    assert len(begun) == step  # the step was finished, and no other begun
+    assert len(begun) == step  # the step was completed and no other started
     assert "--resume" in capsys.readouterr().err
     run(*SMALL, "--epochs", 2, "--out", tmp_path, "--resume")
     assert_equal_runs(tmp_path, finished[0])
@@ -113,7 +113,7 @@ def test_early_stopping_ends_the_run(tmp_path):
     result = json.loads((tmp_path / "metrics.json").read_text())
     assert (result["epochs"], result["stopped_early"]) == (3, True)
     run(*flags, "--resume")
-    assert len(history(tmp_path)) == 3  # stopped stays stopped
+    assert len(history(tmp_path)) == 3  # a stopped run does not continue
 
 
 def test_closed_form_without_training(tmp_path):

@@ -1,4 +1,4 @@
-"""The plain-torch twin against torchvision."""
+"""The plain torch version of the chain against torchvision."""
 
 import pytest
 import torch
@@ -28,7 +28,7 @@ def test_matmul_equals_torchvision(shape, size, dtype):
     expected = torchvision_chain(images, size)
     actual = matmul_transform(images, size)
     assert actual.dtype == expected.dtype
-    # the resampling weights of the two agree to rounding, which grows with the distance from 0
+    # the resampling weights agree up to rounding, which grows with the pixel coordinate
     tolerance = 1e-12 if dtype == torch.float64 else 1e-6
     torch.testing.assert_close(actual, expected, atol=tolerance, rtol=0)
 
@@ -50,7 +50,7 @@ def test_reference_transform_is_the_report_chain():
     assert out.shape == (5, 1, 28, 28)
     assert out.dtype == torch.float32
     torch.testing.assert_close(out, torchvision_chain(images, (28, 28)), atol=0, rtol=0)
-    # a bright top left corner of the input ends in the bottom right corner of the output
+    # both flips: the top left corner of the input is the bottom right corner of the output
     corner = torch.zeros(3, 32, 32)
     corner[:, 0, 0] = 1
     assert reference_transform(corner).flatten().argmax() == 28 * 28 - 1
@@ -91,7 +91,7 @@ def test_derivatives_and_symbolic_sizes():
     each = torch.vmap(torch.func.grad(lambda x: chain(x).square().sum()))(images)
     whole = torch.func.grad(lambda x: chain(x).square().sum())(images)
     torch.testing.assert_close(each, whole, atol=1e-5, rtol=1e-5)
-    # its graph, by the tracer with symbolic sizes (compiling takes seconds)
+    # traced with symbolic sizes, without compiling, which takes seconds
     graph = make_fx(chain, tracing_mode="symbolic")(images)
     other = torch.rand(3, 3, 12, 17)
     torch.testing.assert_close(graph(other), chain(other), atol=1e-6, rtol=0)
