@@ -1,4 +1,4 @@
-"""The report's two nets, layer for layer, and the first one's closed form."""
+"""The report's two nets, layer for layer, and a closed form of the first net's weights."""
 
 import torch
 from torch import Tensor, nn
@@ -32,15 +32,15 @@ def closed_form_(model: FullyConnected, targets: Tensor) -> None:
     """Sets the weights to the best rank-128 map into the logits, without a gradient step.
 
     targets: (N, 1, 28, 28), the training targets. The transform is a matrix A, so its best
-    rank-128 copy is A followed by the projection on the principal directions V of the targets:
-    the first layer is V^T A, the second s V. The sigmoid is nearly straight over [0, 1], where
-    targets lie: s, one number, is the slope that fits it to the targets best.
+    rank-128 approximation is A followed by the projection on the principal directions V of the
+    targets (PCA): the first layer is V^T A, the second s V. The sigmoid is nearly linear over the
+    targets' range [0, 1]. The scalar s is the slope with the lowest error on the targets.
     """
     mean, directions = principal_directions(targets)
     first, second = model.layers[1], model.layers[2]
     identity = torch.eye(first.in_features, dtype=torch.float64).view(-1, 3, 32, 32)
     matrix = reference_transform(identity).flatten(1).to(targets.device)  # (3072, 784)
-    some = targets[:5000].flatten(1)  # enough for the one number
+    some = targets[:5000].flatten(1)  # enough to fit one scalar
     projected = mean + (some - mean) @ directions @ directions.T
 
     def error(slope: float) -> float:
