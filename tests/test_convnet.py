@@ -44,12 +44,10 @@ def test_fixed_flip_is_the_same_net_behind_a_flip():
     torch.testing.assert_close(fixed(images), net(images.flip(2, 3)))
 
 
-@pytest.mark.parametrize("on", [True, False], ids=["fast", "plain"])
-def test_nan_in_the_images_gives_a_nan_loss(on):
-    fast_cpu.enable(on)
-    images = some_images()
-    images[0, 0, 6, 6] = float("nan")
-    assert F.mse_loss(ConvNet()(images), torch.zeros(2, 1, 8, 8)).isnan()
+def test_nan_reaches_the_loss():
+    images = torch.rand(2, 3, 32, 32)
+    images[0, 0, 16, 16] = float("nan")
+    assert ConvNet()(images).isnan().any()
 
 
 def dropped(like):
@@ -88,7 +86,7 @@ def test_dropout_masks_are_independent():
 
 
 @pytest.mark.parametrize("on", [True, False], ids=["fast", "plain"])
-def test_dropout_depends_only_on_the_random_state(on):
+def test_torch_random_state_decides_the_bits(on):
     fast_cpu.enable(on)
     net, images = ConvNet(), torch.rand(3, 3, 32, 32)
     torch.manual_seed(5)
@@ -115,17 +113,17 @@ def box(rows, columns):
     return mask
 
 
-def test_receptive_field_excludes_flipped_pixel():
-    """The receptive field is 13x13 input pixels. It contains the flipped pixel only for the 6x6
-    outputs in the middle."""
+def test_the_net_cannot_mirror():
+    """An output pixel sees 13x13 input pixels, and the pixel that belongs there after the flips
+    lies outside of them, but for the 6x6 outputs in the middle."""
     net = ConvNet().eval()
-    for parameter in net.parameters():  # no dead units and no cancellation
+    for parameter in net.parameters():  # no unit dead, no two paths that cancel
         parameter.data.abs_()
     assert torch.equal(seen(net, 14, 14), box((10, 23), (10, 23)))  # 13x13
     assert torch.equal(seen(net, 0, 0), box((0, 9), (0, 9)))
     assert torch.equal(seen(net, 0, 27), box((0, 9), (23, 32)))
     assert torch.equal(seen(net, 27, 27), box((23, 32), (23, 32)))
-    # Receptive field and source region are products of rows and columns, so rows are enough.
+    # Both are products of rows and columns, so rows alone tell which outputs see their source.
     sighted = [
         y
         for y in range(28)

@@ -21,8 +21,8 @@ from tests.nets import fast_wherever_possible  # noqa: F401
 pytestmark = pytest.mark.usefixtures("fast_wherever_possible")
 
 TERMS = ["mse", "vgg2", "vgg7", "vgg14", "vgg21", "vgg28"]
-# The relative error of a distance after 13 convolutions: in float32 each rounds sums of up to
-# 9 * 512 products; in bfloat16, which sums in float32, each rounds its result.
+# The relative error of a distance behind 13 convolutions: in float32 each sums up to 9 * 512
+# products, in bfloat16, whose sums are float32, each rounds its result.
 TOLERANCE = {
     torch.float64: 1e-6,  # mean and std are float32 numbers
     torch.float32: 13 * (9 * 512) ** 0.5 * 2**-24,
@@ -51,7 +51,7 @@ def loss_of(weights):
 
 
 def small_loss():
-    """A copy that the test may change."""
+    """A loss of one's own, to be changed."""
     return copy.deepcopy(loss_of("random"))
 
 
@@ -126,8 +126,8 @@ def test_equals_torchvision(weights, size, dtype, on):
     assert distance(grad, expected_grad) <= grad_tolerance(dtype)
 
 
-def test_fast_path_equals_formula_in_float64():
-    """float64, so that rounding cannot hide an error."""
+def test_the_kernels_equal_the_formula_in_float64():
+    """Where rounding hides no mistake."""
     loss_fn = small_loss().double()
     loss_fn.size = 45
     results = []
@@ -153,7 +153,7 @@ def test_bfloat16(weights, on):
     assert distance(grad, exact_grad) <= grad_tolerance(torch.bfloat16)
 
 
-def test_chunk_size_does_not_change_the_result(monkeypatch):
+def test_batches_cut_into_chunks_give_the_same(monkeypatch):
     whole, (output, target) = loss_of("random"), images()
     results = []
     for chunk in (1, 2, 3):
@@ -169,7 +169,7 @@ def test_chunk_size_does_not_change_the_result(monkeypatch):
 
 
 @pytest.mark.parametrize("on", [False, True], ids=["plain", "fast"])
-def test_vgg_is_frozen_and_not_in_the_state_dict(on):
+def test_frozen_and_out_of_checkpoints(on):
     fast_cpu.enable(on)
     loss = loss_of("random")
     assert list(loss.parameters()) == []
@@ -183,13 +183,13 @@ def test_vgg_is_frozen_and_not_in_the_state_dict(on):
     assert not any(term.requires_grad for term in loss.terms.values())
     with torch.no_grad():
         assert not loss(output, target).requires_grad
-    once = output.grad.clone()  # the gradient scales and accumulates
+    once = output.grad.clone()  # scaled, and added to the gradient of another loss
     (2 * loss(output, target)).backward()
     torch.testing.assert_close(output.grad, 3 * once)
 
 
 @pytest.mark.parametrize("on", [False, True], ids=["plain", "fast"])
-def test_training_after_a_first_call_in_inference_mode(on):
+def test_first_called_for_validation(on):
     fast_cpu.enable(on)
     loss, (output, target) = small_loss(), images()
     with torch.inference_mode():
@@ -249,7 +249,7 @@ def trainable(loss):
 
 
 @pytest.mark.parametrize("change", [hooked, pooled, rescaled, recentred, trainable])
-def test_changed_vgg_changes_the_loss(change):
+def test_a_changed_vgg_is_used(change):
     loss, (output, target) = small_loss(), images()
     before = loss(output, target)
     assert fast_cpu.status()["vgg"] == "fast"
@@ -285,7 +285,7 @@ def test_torch_func_and_compile():
 
 
 def test_empty_batch():
-    """Like F.mse_loss: NaN, the mean of no elements, with an empty gradient."""
+    """As F.mse_loss: a mean of nothing, NaN, with an empty gradient."""
     output = torch.empty(0, 1, 28, 28, requires_grad=True)
     loss = loss_of("random")(output, torch.empty(0, 1, 28, 28))
     loss.backward()
@@ -294,7 +294,7 @@ def test_empty_batch():
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-def test_gpu_runs_the_plain_path():
+def test_on_a_gpu_it_is_the_formula():
     loss, (output, target) = small_loss(), images()
     expected = loss(output, target)
     value = loss.to("cuda")(output.cuda(), target.cuda())
@@ -302,7 +302,7 @@ def test_gpu_runs_the_plain_path():
     torch.testing.assert_close(value.cpu(), expected, rtol=1e-2, atol=0)  # TF32
 
 
-def test_invalid_shapes_raise_value_error():
+def test_needs_two_gray_batches_of_one_shape():
     gray = torch.rand(2, 1, 28, 28)
     for other in (gray[:1], gray[:, 0], gray.expand(-1, 3, -1, -1)):
         with pytest.raises(ValueError, match="N, 1, H, W"):
