@@ -47,9 +47,6 @@ MODES = {
     "linearize": lambda f: linearize(f, X)[1](T),
     "dual number": dual,
     "vmap": lambda f: vmap(f)(X),
-    "vmap of the rows": lambda f: vmap(f, in_dims=2, out_dims=1)(
-        X.unflatten(0, (1, 2)).repeat(1, 1, 2, 1, 1)[:, :, :3]
-    ),
     "backward of vmap": backward_of_vmap,
     "vmap of grad": lambda f: vmap(grad(squares(f)))(X),
     "vmap of jvp": lambda f: vmap(lambda x, t: jvp(f, (x,), (t,)))(X, T),
