@@ -24,7 +24,8 @@ def accuracy(outputs: Tensor, targets: Tensor, threshold: float) -> float:
 
 def score(outputs: Tensor, targets: Tensor) -> dict[str, float | None]:
     """outputs, targets: (N, 1, 28, 28) in [0, 1]. Returns the metrics of `metrics.json`: mse and
-    psnr (dB, peak 1, over all pixels; None if mse is 0), accuracies and the minimum cosine."""
+    psnr (dB, peak 1, over all pixels; None where there is no error), the accuracies, the lowest
+    cosine and the largest error of a pixel."""
     mse = F.mse_loss(outputs.double(), targets.double()).item()
     return {
         "mse": mse,
@@ -32,6 +33,7 @@ def score(outputs: Tensor, targets: Tensor) -> dict[str, float | None]:
         "accuracy_0.95": accuracy(outputs, targets, 0.95),
         "accuracy_0.99": accuracy(outputs, targets, 0.99),
         "min_cosine": cosine(outputs, targets).min().item(),
+        "max_abs_error": (outputs - targets).abs().max().item(),
     }
 
 

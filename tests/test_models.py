@@ -27,7 +27,7 @@ def test_closed_form_reaches_the_ceiling_within_a_factor():
     images = synthetic(1500, seed=0)
     targets = reference_transform(images)
     model = FullyConnected()
-    closed_form_(model, targets[:1000])
+    closed_form_(model, images[:1000], targets[:1000])
     with torch.inference_mode():
         outputs = model(to_float(images[1000:]))
     score = metrics.score(outputs, targets[1000:])

@@ -51,7 +51,7 @@ def test_run_writes_documented_files(finished):
     result = json.loads((out / "metrics.json").read_text())
     sizes = {"train": 288, "val": 32, "test": 320}
     assert result["data"] == {"name": "synthetic", "test_name": "synthetic", **sizes}
-    keys = ["mse", "psnr", "accuracy_0.95", "accuracy_0.99", "min_cosine"]
+    keys = ["mse", "psnr", "accuracy_0.95", "accuracy_0.99", "min_cosine", "max_abs_error"]
     assert all(list(result[column]) == keys for column in ("test", "floor", "ceiling"))
     assert result["script"] == "train_fc.py"
     assert result["epochs"] == 2
