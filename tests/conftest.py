@@ -23,7 +23,10 @@ def quiet(monkeypatch):
     epochs."""
     monkeypatch.setenv("WANDB_MODE", "disabled")
     monkeypatch.setitem(cli.DRY_RUN, "epochs", 9)
-    handlers = [(number, signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM)]
+    # a shell starts a process in the background with SIGINT ignored
+    ours = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+    ours[signal.SIGHUP] = signal.SIG_DFL
+    handlers = [(number, signal.signal(number, ours[number])) for number in ours]
     yield
     for number, handler in handlers:
         signal.signal(number, handler)

@@ -165,12 +165,17 @@ def test_stream_drops_output_that_cannot_be_written():
 def test_ctrl_c_during_the_imports_prints_no_traceback(tmp_path):
     """A fake torch module sends the signal during its import."""
     (tmp_path / "torch.py").write_text("import os, time; os.kill(os.getpid(), 2); time.sleep(60)")
-    command = [sys.executable, "train_fc.py"]
+
+    def default_sigint():  # a shell starts a process in the background with it ignored
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
     for script in ("train_fc.py", "train_cnn.py"):
         (tmp_path / script).write_text((ROOT / script).read_text())
         command = [sys.executable, str(tmp_path / script)]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        done = subprocess.run(
+            command, env=environment, capture_output=True, text=True, preexec_fn=default_sigint
+        )
         assert (done.returncode, done.stderr) == (-signal.SIGINT, "")
 
 

@@ -106,7 +106,7 @@ def fused_transform(
             known = _known.get((images.shape, images.dtype, images.device, size, hflip, vflip))
         except (TypeError, AttributeError, RuntimeError):
             known = None  # something is wrong
-        if known is not None and _is_plain(images):
+        if known is not None and images.layout == torch.strided and _is_plain(images):
             if out is None:
                 return _ops.forward(images, *known)
             if isinstance(out, Tensor) and not out.requires_grad:
