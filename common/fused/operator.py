@@ -2,9 +2,11 @@
 the CPU and on CUDA; its derivatives; and the chain of the study on top of it."""
 
 from math import inf
+from operator import index
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 
 from . import _build, _ops
@@ -114,7 +116,8 @@ def fused_transform(
                 return out
     try:
         height, width = size
-        h, w = map(int, images.shape[-2:])
+        h, w = images.shape[-2:]
+        h, w = index(h), index(w)  # under torch.compile a dynamic size becomes a constant
     except (TypeError, ValueError, AttributeError, RuntimeError):
         raise _fault(images, size) from None
     if not (out is None or isinstance(out, Tensor)):
@@ -215,6 +218,7 @@ def _is_plain(images: Tensor) -> bool:
         or forward_ad._current_level >= 0
         or torch._C._len_torch_dispatch_stack()
         or torch._C._get_tracing_state() is not None
+        or images.is_meta
     )
 
 
@@ -230,7 +234,7 @@ def _apply(images, plan, mix, affine, row_index, column_index, dtype, out) -> Te
         if _is_plain(images):
             return _ops.forward(images, *plan.tables, mix, plan.sizes, *options)
         tables = *plan.tables, *plan.transposed()
-        return _apply_recorded(images, tables, mix, plan.sizes.tolist(), *options)
+        return _apply_recorded(images, tables, mix, plan.numbers, *options)
     except NotImplementedError as error:
         raise _no_kernel(images) or error from error
 
@@ -243,6 +247,10 @@ def _apply_recorded(images, tables, mix, sizes, affine, row_index, column_index,
     if affine is not None and dtype.is_floating_point and bool(affine[:, 1:].isfinite().any()):
         low_high = affine[:, 1:].to(images.device, dtype).T[..., None, None]
         affine = torch.cat([affine[:, :1], affine.new_tensor([[-inf, inf]]).expand(len(mix), 2)], 1)
+    if isinstance(images, FakeTensor) and not images.fake_mode.allow_non_fake_inputs:
+        tables = [images.fake_mode.from_tensor(table) for table in tables]
+        mix = images.fake_mode.from_tensor(mix)
+        affine = None if affine is None else images.fake_mode.from_tensor(affine)
     traced = torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active()
     apply = torch.ops.fused_transform.differentiable.default if traced else _ops.Map.apply
     out = apply(images, *tables, mix, affine, row_index, column_index, *sizes, dtype)
