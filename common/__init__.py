@@ -1,5 +1,16 @@
-"""What the three scripts share: data, transforms, models, losses, stopping, training, figures."""
+"""Code shared by the three scripts: data, transforms, models, losses, stopping, runs, figures."""
+
+import os
+import tempfile
 
 
 class UserError(Exception):
-    """A mistake that the user can mend: the scripts print it as one line and exit with code 2."""
+    """An error that the user can fix: the scripts print it as one line and exit with code 2."""
+
+
+# A container may have no home folder, or a read-only one. wandb and matplotlib then print many
+# warnings unless they get another folder for their caches.
+if not os.access(os.environ.get("HOME", ""), os.W_OK):
+    _caches = tempfile.mkdtemp(prefix="caches-")
+    for _name in ("XDG_CACHE_HOME", "XDG_CONFIG_HOME", "XDG_DATA_HOME"):
+        os.environ.setdefault(_name, _caches)

@@ -1,80 +1,40 @@
-"""The CNN against the same net in plain torch; its dropout; what an output pixel can see."""
+"""The CNN: its layers, the dropout of its fast path, what it can and cannot learn."""
 
 import pytest
 import torch
-import torch.nn.functional as F
-from torch import nn
 
-from common import models
-from common.models import DROP_AT_MOST, ConvNet
+from common import fast_cpu, fast_kernels
+from common.fast_kernels import DROP_AT_MOST
+from common.models import ConvNet
 from common.transforms import reference_transform
-from tests.measure_cnn_step import plain_net
+from tests.nets import fast_wherever_possible, generator  # noqa: F401
 
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
+pytestmark = pytest.mark.usefixtures("fast_wherever_possible")
 
-
-def generator(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
-def plain_copy(net):
-    plain = plain_net()
-    plain.load_state_dict(net.layers.state_dict())
-    return plain
-
-
-def assert_near(actual, expected, dtype):
-    """Within the dtype's tolerance, relative to the largest value."""
-    limit = TOLERANCE[dtype] * expected.detach().abs().max().item()
-    torch.testing.assert_close(
-        actual.detach().float(), expected.detach().float(), atol=limit, rtol=0
-    )
+LAYERS = [
+    "Conv2d(3, 64, kernel_size=(4, 4), stride=(1, 1), padding=(1, 1))",
+    "ReLU()",
+    "Conv2d(64, 64, kernel_size=(4, 4), stride=(1, 1), padding=(1, 1))",
+    "ReLU()",
+    "Dropout(p=0.2, inplace=False)",
+    "Conv2d(64, 64, kernel_size=(4, 4), stride=(1, 1), padding=(1, 1))",
+    "ReLU()",
+    "Dropout(p=0.2, inplace=False)",
+    "Conv2d(64, 1, kernel_size=(4, 4), stride=(1, 1), padding=(1, 1))",
+]
 
 
 def test_layers_are_the_reports():
     net = ConvNet()
-    assert [str(layer) for layer in net.layers] == [str(layer) for layer in plain_net()]
+    assert [str(layer) for layer in net.layers] == LAYERS
     assert list(net.state_dict()) == [
         f"layers.{i}.{kind}" for i in (0, 2, 5, 8) for kind in ("weight", "bias")
     ]
     assert sum(p.numel() for p in net.parameters()) == 135_361
-    assert net(torch.rand(2, 3, 32, 32)).shape == (2, 1, 28, 28)
+    for size in (32, 20):
+        assert net(torch.rand(2, 3, size, size)).shape == (2, 1, size - 4, size - 4)
     with pytest.raises(ValueError, match="flip"):
         ConvNet(flip="both")
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("train", [False, True])
-def test_output_and_gradients_equal_plain_torch(train, dtype, monkeypatch):
-    torch.manual_seed(0)
-    net = ConvNet().train(train)
-    plain = plain_copy(net)
-    images = torch.rand(5, 3, 32, 32, generator=generator())
-    target = torch.rand(5, 1, 28, 28, generator=generator(1))
-    masks = []
-
-    def recorded(like, draw=models._random_bits):
-        bits = draw(like)
-        masks.append((~(bits <= DROP_AT_MOST)).to(dtype) / 0.8)
-        return bits
-
-    monkeypatch.setattr(models, "_random_bits", recorded)
-    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
-        loss = F.mse_loss(net(images), target)
-        assert len(masks) == (2 if train else 0)
-        for i, mask in zip((4, 7), masks, strict=False):  # the plain net, the same masks
-
-            class Masked(nn.Module):
-                def forward(self, x, mask=mask):
-                    return x * mask
-
-            plain[i] = Masked()
-        expected = F.mse_loss(plain.train(train)(images), target)
-    loss.backward()
-    expected.backward()
-    assert_near(loss, expected, dtype)
-    for ours, theirs in zip(net.parameters(), plain.parameters(), strict=True):
-        assert_near(ours.grad, theirs.grad, dtype)
 
 
 def test_fixed_flip_is_the_same_net_behind_a_flip():
@@ -91,7 +51,7 @@ def test_nan_reaches_the_loss():
 
 
 def dropped(like):
-    return models._random_bits(like) <= DROP_AT_MOST
+    return fast_kernels.random_bits(like) <= DROP_AT_MOST
 
 
 def test_dropout_probability():
@@ -125,7 +85,9 @@ def test_dropout_masks_are_independent():
     assert (per_channel - 0.2).abs().max() < 5 * (0.16 / 16 / 900) ** 0.5
 
 
-def test_torch_random_state_decides_the_bits():
+@pytest.mark.parametrize("on", [True, False], ids=["fast", "plain"])
+def test_torch_random_state_decides_the_bits(on):
+    fast_cpu.enable(on)
     net, images = ConvNet(), torch.rand(3, 3, 32, 32)
     torch.manual_seed(5)
     outputs = [net(images) for _ in range(2)]

@@ -1,159 +1,248 @@
-"""fuse(chain) against torchvision, step by step, over random chains."""
+"""fuse(chain): what it takes and gives, against torchvision."""
 
 import copy
 import pickle
 import random
 
-import PIL.Image
 import pytest
 import torch
-from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision import models, tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
-from common.fused import FusedTransform, NotFusable, fuse
-
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-CHAINS = 1000
-
-
-def images(*shape, dtype=torch.uint8, seed=0):
-    x = torch.rand(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    return (x * 256).to(dtype) if dtype == torch.uint8 else x.to(dtype)
-
-
-def channels_last(x):
-    """On the default layout torch's antialiased resize to a width of 1 returns one row for all."""
-    if x.dim() == 3:
-        return x.permute(1, 2, 0).contiguous().permute(2, 0, 1)
-    return x.contiguous(memory_format=torch.channels_last)
+from common.fused import fuse
+from common.fused.steps import steps_of
+from tests.chains import (
+    MEAN,
+    STD,
+    channels_last,
+    close,
+    evaluation,
+    images,
+    pil,
+    step_by_step,
+    training,
+)
 
 
-def step_by_step(chain, x):
-    for transform in chain:
-        single = x.shape[-3] == 1  # has no layout of its own: resized as three channels
-        wide = channels_last(x.repeat_interleave(3, -3)) if single else channels_last(x)
-        if isinstance(transform, v2.Resize):
-            y = transform(wide)
-        elif isinstance(transform, v2.RandomResizedCrop):
-            box = transform.make_params([x])
-            y = F.resize(
-                channels_last(F.crop(wide, **box)),
-                transform.size,
-                transform.interpolation,
-                antialias=transform.antialias,
-            )
-        else:
-            x = transform(channels_last(x))
-            continue
-        x = tv_tensors.wrap(y[..., :1, :, :] if single else y, like=x) if isinstance(x, tv_tensors.TVTensor) else y[..., :1, :, :] if single else y
-    return x
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_pil_images(mode, interpolation):
+    image, n = pil(mode=mode), len(mode)
+    chain = [
+        v2.Resize(20, interpolation=interpolation),
+        v2.RandomCrop(24, pad_if_needed=True),
+        v2.ToImage(),
+        v2.ToDtype(torch.float32, scale=True),
+        v2.Normalize(MEAN[:n], STD[:n]),
+    ]
+    torch.manual_seed(0)
+    expected = v2.Compose(chain)(image)
+    torch.manual_seed(0)
+    actual = fuse(chain)(image)
+    assert type(actual) is tv_tensors.Image
+    close(actual, expected)
+    # a chain that leaves a PIL image: Pillow's gray is not that of tensors
+    chain = v2.Compose([v2.Resize(20), v2.Grayscale(), F.hflip])
+    actual, expected = fuse(chain)(image), chain(image)
+    assert (actual.mode, actual.size) == (expected.mode, expected.size)
+    close(F.pil_to_tensor(actual).short(), F.pil_to_tensor(expected).short(), 1)
+    # exact where nothing is resized
+    chain = v2.Compose([v2.Grayscale(3), F.vflip, v2.PILToTensor()])
+    actual = fuse(chain)(image)
+    assert type(actual) is torch.Tensor
+    assert torch.equal(actual, chain(image))
 
 
-def random_chain(rng, shape, dtype):
-    """A chain that torchvision accepts for these images. Returns (chain, level): one level of
-    uint8 in the result, or 0 where torchvision rounds no uint8 on the way."""
-    channels, h, w = shape
-    size = lambda: rng.choice([rng.randint(1, 40), rng.randint(1, 12), rng.randint(1, 120)])  # noqa: E731
-    chain, rounded, scale = [], False, 1.0
-    if rng.random() < 0.5:
-        chain.append(v2.ToImage())
-    for _ in range(rng.randint(0, 4)):
-        kind = rng.randrange(9)
-        if kind == 0:
-            mode, antialias = rng.choice(["bilinear", "bicubic"]), rng.random() < 0.7
-            if rng.random() < 0.5:
-                new = (size(), size())
-                chain.append(v2.Resize(new, interpolation=mode, antialias=antialias))
-            else:
-                short = rng.randint(1, 60)
-                chain.append(v2.Resize(short, interpolation=mode, antialias=antialias))
-                new = tuple(F.resize(torch.zeros(1, h, w), [short]).shape[-2:])
-                if max(new) > 1500:
-                    chain.pop()
-                    continue
-            rounded |= dtype == torch.uint8 and new != (h, w)
-            h, w = new
-        elif kind == 1:
-            h, w = size(), size()
-            chain.append(v2.CenterCrop((h, w)))
-        elif kind == 2:
-            new = size(), size()
-            padding = rng.choice([None, 2, (1, 0, 3, 2)])
-            mode = rng.choice(["constant", "constant", "edge", "reflect", "symmetric"])
-            fill = rng.choice([0, 0, 7]) if dtype == torch.uint8 else rng.choice([0, 0, 0.3])
-            if mode != "constant":
-                padding, needed = 1, False
-                if min(h, w) < 2 or new[0] > h + 2 or new[1] > w + 2:
-                    continue
-            else:
-                needed = True
-            chain.append(v2.RandomCrop(new, padding, needed, fill, mode))
-            h, w = new
-        elif kind == 3:
-            h, w = size(), size()
-            mode, antialias = rng.choice(["bilinear", "bicubic"]), rng.random() < 0.8
-            chain.append(v2.RandomResizedCrop((h, w), interpolation=mode, antialias=antialias))
-            rounded |= dtype == torch.uint8
-        elif kind == 4:
-            chain.append(rng.choice([v2.RandomHorizontalFlip(), F.hflip, v2.RandomHorizontalFlip(0.9)]))
-        elif kind == 5:
-            chain.append(rng.choice([v2.RandomVerticalFlip(), F.vflip]))
-        elif kind == 6:
-            chain.append(v2.Grayscale(rng.choice([1, 3])))
-            rounded |= dtype == torch.uint8 and channels == 3
-            channels = chain[-1].num_output_channels
-        elif kind == 7:
-            kernel = rng.choice([1, 3, 5]), rng.choice([1, 3, 5])
-            if kernel[0] // 2 < w and kernel[1] // 2 < h:
-                chain.append(v2.GaussianBlur(kernel, rng.uniform(0.3, 2)))
-                rounded |= dtype == torch.uint8
-        elif dtype == torch.uint8:
-            scaled = rng.random() < 0.8
-            dtype, scale = torch.float32, 1 / 255 if scaled else 1.0
-            chain.append(v2.ToDtype(dtype, scale=scaled))
-        else:
-            mean = [rng.random() for _ in range(channels)]
-            std = [rng.uniform(0.2, 1) for _ in range(channels)]
-            chain.append(v2.Normalize(mean, std))
-            scale /= min(std)
-    return chain or [v2.Identity()], scale * rounded
+def test_types_and_samples():
+    chain = v2.Compose([v2.Resize(9), v2.RandomHorizontalFlip()])
+    fused = fuse(chain)
+
+    def both(sample, f=fused, g=chain):
+        torch.manual_seed(1)
+        actual = f(sample)
+        torch.manual_seed(1)
+        return actual, g(sample)
+
+    x = images(3, 12, 15)
+    for kind in (tv_tensors.Image, tv_tensors.Video):
+        actual, expected = both(kind(x[None]))
+        assert type(actual) is type(expected) is kind
+    label, mask = torch.tensor(3), images(1, 12, 15)
+    actual, _ = both((x, label, mask, "name"))
+    assert actual[1] is label
+    assert actual[2] is mask
+    assert actual[3] == "name"
+    assert actual[0].shape == (3, 9, 11)
+    sample = {"image": tv_tensors.Image(x), "more": [tv_tensors.Image(x), label]}
+    actual, expected = both(sample)
+    assert torch.equal(actual["image"], actual["more"][0])
+    assert actual["more"][1] is label
+    close(actual["image"].short(), expected["image"].short(), 1)
+    out = fused(x, label)
+    assert isinstance(out, tuple)
+    assert out[1] is label
+    to = v2.Compose([v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.ToPureTensor()])
+    assert type(fuse(to)(x)) is torch.Tensor
+    assert type(fuse(v2.ToImage())(x)) is tv_tensors.Image
+    assert fuse(v2.Identity())(x) is x
 
 
-def draw(i):
-    rng = random.Random(i)
-    side = lambda: rng.choice([rng.randint(1, 20), rng.randint(1, 60), rng.randint(1, 150)])  # noqa: E731
-    shape = rng.choice([1, 3]), side(), side()
-    if i % 100 == 0:
-        shape = rng.choice([1, 3]), rng.randint(200, 500), rng.randint(200, 500)
-    dtype = rng.choice([torch.uint8, torch.uint8, torch.float32, torch.float32, torch.float64])
-    batch = rng.choice([(), (1,), (3,)])
-    chain, level = random_chain(rng, shape, dtype)
-    return chain, level, images(*batch, *shape, dtype=dtype, seed=i)
+def test_an_item_draws_its_own_parameters():
+    chain = training()
+    fused = fuse(chain)
+    batch = images(5, 3, 30, 40)
+    torch.manual_seed(7)
+    expected = torch.stack([chain(x) for x in batch])
+    torch.manual_seed(7)
+    close(fused(batch), expected)
+    # a video draws once, a batch of videos once for each, as the loop does
+    clips = images(2, 4, 3, 30, 40)
+    torch.manual_seed(7)
+    expected = torch.stack([chain(tv_tensors.Video(clip)) for clip in clips])
+    torch.manual_seed(7)
+    close(fused(tv_tensors.Video(clips)), expected)
+    torch.manual_seed(7)
+    close(torch.stack([fused(tv_tensors.Video(clip)) for clip in clips]), expected)
+    assert fused(batch[:0]).shape == (0, 3, 16, 16)
 
 
-@pytest.mark.parametrize("part", range(20))
-def test_random_chains_equal_torchvision(part):
-    for i in range(part, CHAINS, 20):
-        chain, level, x = draw(i)
-        fused = fuse(chain)
-        torch.manual_seed(i)
-        if x.dim() == 3:
-            expected = step_by_step(chain, x)
-        else:
-            expected = torch.stack([step_by_step(chain, one) for one in x])
+def test_the_box_of_a_crop_is_that_of_torchvision():
+    rng = random.Random(0)
+    for seed in range(500):
+        low = rng.uniform(0.01, 1)
+        ratio = rng.choice([(3 / 4, 4 / 3), (0.1, 0.2), (5.0, 9.0), (1.0, 1.0)])
+        transform = v2.RandomResizedCrop(7, (low, rng.uniform(low, 1.2)), ratio)
+        size = rng.randint(1, 500), rng.randint(1, 500)
+        torch.manual_seed(seed)
+        expected = transform.make_params([torch.empty(1, *size)])
         state = torch.get_rng_state()
-        torch.manual_seed(i)
-        actual = fused(x)
-        note = f"chain {i}: {tuple(x.shape)} {x.dtype} {chain}"
-        assert torch.equal(torch.get_rng_state(), state), note
-        assert actual.shape == expected.shape, note
-        assert actual.dtype == expected.dtype, note
-        difference = (actual.double() - expected.double()).abs().max().item()
-        unit = 1e-13 if x.dtype == torch.float64 else 1e-6
-        exact = 0 if expected.dtype == torch.uint8 else unit * max(expected.abs().max().item(), 1)
-        # where torchvision rounds, its weights have 14 bits and more: 0.05 of a level
-        allowed = max(exact, level * (1 if expected.dtype == torch.uint8 else 1.05))
-        assert difference <= allowed, f"{note}: {difference} > {allowed}"
+        torch.manual_seed(seed)
+        assert steps_of(transform)[0].draw(*size) == expected
+        assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize(
+    "weights",
+    [
+        models.ResNet50_Weights.IMAGENET1K_V1,
+        models.ResNet50_Weights.IMAGENET1K_V2,
+        models.ViT_B_16_Weights.IMAGENET1K_SWAG_E2E_V1,
+        models.EfficientNet_B0_Weights.IMAGENET1K_V1,
+        models.Swin_T_Weights.IMAGENET1K_V1,
+        models.Inception_V3_Weights.IMAGENET1K_V1,
+    ],
+    ids=str,
+)
+def test_presets(weights):
+    preset = weights.transforms()
+    fused = fuse(preset)
+    for image in (pil(75, 100), images(3, 75, 100), images(2, 3, 64, 50).float() / 255):
+        expected = preset(channels_last(image) if isinstance(image, torch.Tensor) else image)
+        close(fused(image), expected)
+
+
+def test_a_nan_spreads_as_far_as_in_torchvision():
+    for antialias in (True, False):
+        chain = [
+            v2.Resize((7, 40), antialias=antialias),
+            v2.CenterCrop((9, 38)),
+            v2.GaussianBlur(3, 1.0),
+            v2.Normalize(MEAN, STD),
+        ]
+        x = images(4, 3, 60, 30, dtype=torch.float32)
+        for i in range(4):
+            x[i, i % 3, 13 * i, 7 * i] = torch.nan
+        expected, _ = step_by_step(chain, x)
+        assert torch.equal(fuse(chain)(x).isnan(), expected.isnan())
+
+
+def test_fill_after_normalize():
+    chain = v2.Compose([v2.Normalize(MEAN, STD), v2.RandomCrop(14, padding=3, fill=(1, 2, 3))])
+    x = images(2, 3, 9, 10, dtype=torch.float32)
+    torch.manual_seed(0)
+    expected = torch.stack([chain(one) for one in x])
+    torch.manual_seed(0)
+    torch.testing.assert_close(fuse(chain)(x), expected, atol=1e-5, rtol=0)
+
+
+def test_gradient_is_that_of_torchvision():
+    chain = v2.Compose([v2.Resize((7, 9)), F.hflip, v2.Normalize(MEAN, STD)])
+    x = images(2, 3, 12, 10, dtype=torch.float64).requires_grad_()
+    out = chain(channels_last(x))
+    weight = torch.rand_like(out)
+    (expected,) = torch.autograd.grad((out * weight).sum(), x)
+    (actual,) = torch.autograd.grad((fuse(chain)(x) * weight).sum(), x)
+    torch.testing.assert_close(actual, expected, atol=1e-13, rtol=0)
+
+
+def test_a_crop_beyond_the_image_is_padded():
+    x = images(3, 9, 12)
+    chain = v2.CenterCrop((14, 7))
+    assert torch.equal(fuse(chain)(x), chain(x))
+
+
+def test_images_of_several_sizes():
+    chain = evaluation()
+    sample = [tv_tensors.Image(images(3, 30, 40)), tv_tensors.Image(images(3, 50, 31)), 1]
+    actual, expected = fuse(chain)(sample), chain(sample)
+    for a, e in zip(actual[:2], expected[:2], strict=True):
+        close(a, e)
+
+
+def test_module():
+    x = images(4, 3, 30, 40)
+    fused = fuse(evaluation())
+    assert "Resize" in repr(fused)
+    expected = fused(x)
+    assert "30->18 (" in repr(fused)
+    for other in (copy.deepcopy(fused), pickle.loads(pickle.dumps(fused)), fuse([fused])):
+        assert torch.equal(other(x), expected)
+    with torch.inference_mode():
+        assert torch.equal(fuse(evaluation())(x), expected)
+    floats = fuse(v2.Resize(9))
+    with torch.inference_mode():
+        floats(torch.rand(3, 12, 12))
+    y = torch.rand(3, 12, 12, requires_grad=True)
+    floats(y).sum().backward()
+    assert y.grad.abs().max() > 0
+    many = fuse(v2.Resize((3, 3)))
+    for width in range(1, 100):
+        many(images(1, 2, width))
+    assert len(many._recipes) <= 64
+
+
+class Samples(Dataset):
+    def __init__(self, transform):
+        self.transform = transform
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, i):
+        return self.transform(images(3, 20, 24, seed=i)), i
+
+
+@pytest.mark.parametrize("start", ["fork", "spawn"])
+def test_workers(start):
+    data = Samples(fuse(evaluation(10, 8)))
+    expected, _ = default_collate([data[i] for i in range(4)])
+    loader = DataLoader(data, batch_size=4, num_workers=1, multiprocessing_context=start)
+    ((actual, labels),) = loader
+    assert torch.equal(actual, expected)
+    assert labels.tolist() == [0, 1, 2, 3]
+
+
+def test_export_and_compile():
+    x = images(2, 3, 30, 40)
+    fused = fuse(evaluation())
+    program = torch.export.export(fused, (x,))
+    assert torch.equal(program.module()(x), fused(x))
+    compiled = torch.compile(fuse([v2.Resize(9), F.vflip]), fullgraph=True, backend="aot_eager")
+    for size in (12, 14, 17):
+        y = torch.rand(2, 3, size, size, requires_grad=True)
+        compiled(y).sum().backward()
+        y, grad = y.detach().requires_grad_(), y.grad
+        fuse([v2.Resize(9), F.vflip])(y).sum().backward()
+        assert torch.equal(grad, y.grad)

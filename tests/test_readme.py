@@ -1,255 +1,30 @@
-"""Keeps README.md's figures equal to the JSON in results/. `python tests/test_readme.py` draws
-them: what stands between `<!-- NAME: ... -->` and `<!-- end -->` is the result of a function."""
+"""README.md: its tables match results/; its pictures, flags and commands exist."""
 
 import importlib
-import json
 import re
 import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
-README, RESULTS = ROOT / "README.md", ROOT / "results"
-BLOCK = re.compile(r"(?s)(<!-- (\w+): drawn from results/ by tests/test_readme.py -->\n).*?(<!--)")
-CHAIN = "torchvision sequential"
+from results import tables
+from tests.runs import ROOT
+
+README = ROOT / "README.md"
 
 
-def run(name: str) -> dict:
-    """The metrics.json of a training run."""
-    return json.loads((RESULTS / f"train-{name}.json").read_text())
-
-
-def bench() -> dict:
-    """The benchmark of the CPU, of the one with AMX."""
-    found = (json.loads(path.read_text()) for path in RESULTS.glob("bench-*.json"))
-    (result,) = (each for each in found if each["environment"].get("amx"))
-    return result
-
-
-def row(name: str, protocol: str) -> dict:
-    """The benchmark's row of that name, at its best batch size."""
-    rows = [r for r in bench()["rows"] if (r["name"], r["protocol"]) == (name, protocol)]
-    return min(rows, key=lambda r: r["us_per_image"])
-
-
-def share(fraction: float) -> str:
-    return f"{100 * fraction:.2f} %"
-
-
-def seconds(value: float) -> str:
-    return f"{value:.{4 if value < 0.1 else 3 if value < 10 else 0}f} s"
-
-
-def machine(result: dict) -> str:
-    e = result["environment"]
-    name = e["processor"] + (" with AMX" if e.get("amx") else "")
-    return f"{name}, {e['threads']} threads, torch {e['torch']}"
-
-
-def commits(*results: dict) -> str:
-    return "commit " + ", ".join(sorted({r["environment"]["commit"][:7] for r in results}))
-
-
-def lines(*rows: list[str]) -> str:
-    head, *body = rows
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in (head, ["---"] * len(head), *body))
-
-
-# --- the blocks --------------------------------------------------------------------------------
-
-
-def speed() -> str:
-    """What a pass over the test images costs, the fastest first."""
-    floor, ceiling = (run("fc")[key]["accuracy_0.95"] for key in ("floor", "ceiling"))
-    names = dict.fromkeys(r["name"] for r in bench()["rows"] if r["median_s"] and not r["peer"])
-    best = [row(name, "tensor") for name in names if name not in ("fc products", CHAIN)]
-    best += [row(name, "report") for name in (CHAIN, "fc", "cnn")]
-    best.sort(key=lambda r: r["us_per_image"])
-    body = []
-    for r in best:
-        right = "" if r["accuracy_0.95"] is None else share(r["accuracy_0.95"])
-        label = f"{r['name']}, as the report timed it" if r["protocol"] == "report" else r["name"]
-        against = f"{r['speedup']:.3g}"
-        body.append([label, str(r["batch"]), seconds(r["median_s"]), against, right])
-    head = [
-        "CPU pipeline",
-        "batch",
-        "10,000 images",
-        "times as fast as the chain",
-        "cosine >= 0.95",
-    ]
-    return (
-        lines(head, *body)
-        + f"\nMedians. A constant image gets {share(floor)}, the best rank-128 map "
-        + f"{share(ceiling)}. {machine(bench())}, {commits(bench())}.\n"
-    )
-
-
-def accuracy() -> str:
-    """One row for each training run in results/, between the floor and the ceiling."""
-    runs = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("train-*.json"))]
-
-    def cells(name: str, score: dict, *rest: str) -> list[str]:
-        shares = (share(score[key]) for key in ("accuracy_0.95", "accuracy_0.99"))
-        return [name, *shares, f"{score['psnr']:.2f} dB", *(rest or ("", ""))]
-
-    runs.sort(key=lambda r: r["test"]["mse"], reverse=True)
-    letters = dict(zip(dict.fromkeys(map(machine, runs)), "ABCDEF", strict=False))
-    body = [cells("floor: one constant gray image", run("fc")["floor"])]
-    for each in runs:
-        assert each["data"]["test_name"] == "cifar10", "the table is of CIFAR-10"
-        took = f"{each['seconds']:.0f} s, {letters[machine(each)]}" if each["epochs"] else "none"
-        command = f"`{each['environment']['command'].replace(' --data cifar10', '')}`"
-        body.append(cells(command, each["test"], str(each["epochs"]), took))
-    body.append(cells("ceiling: the best rank-128 affine map", run("fc")["ceiling"]))
-    where = (
-        f"{letter}: {name}, {commits(*(each for each in runs if machine(each) == name))}"
-        for name, letter in letters.items()
-    )
-    return (
-        lines(["", "cosine >= 0.95", ">= 0.99", "PSNR", "epochs", "training"], *body)
-        + f"\n{run('fc')['data']['test']} test images of CIFAR-10. {'; '.join(where)}.\n"
-    )
-
-
-def claims() -> str:
-    """Each claim of the report beside what was measured here."""
-    fc, window, closed = run("fc"), run("fc-window"), run("fc-closed-form")
-    learned, fixed = run("cnn-learned"), run("cnn-fixed")
-    names = (CHAIN, "fc", "cnn", "cnn bf16")
-    chain, net, cnn, cnn16 = (row(name, "report") for name in names)
-    slower = f"{cnn['median_s'] / chain['median_s']:.2g} times the chain's time"
-    slower += f", in bfloat16 with AMX {cnn16['median_s'] / chain['median_s']:.2g} times"
-    loader, batched = row("copy", "report"), row("torchvision batched", "report")
-    fused = row("fused", "report")
-    both = run("cnn-fixed-perceptual-bf16")
-    mse = both["others"]["CNN, MSE"]
-    terms = [f"vgg{layer}" for layer in (2, 7, 14, 21, 28)]
-    distance = {
-        "perceptual": sum(both["test_terms"][term] for term in terms),
-        "mse": sum(mse["terms"][term] for term in terms),
-    }
-    rate = both["epochs"] * both["data"]["train"] / both["seconds"]
-    rows = [
-        (
-            "1: the FC net is over 98 % right at cosine 0.95",
-            "98 %",
-            share(fc["test"]["accuracy_0.95"]),
-            "`python train_fc.py`",
-            f"holds after {seconds(fc['seconds_to_98'])} of training, and says little: a constant "
-            f"gray image gets "
-            f"{share(fc['floor']['accuracy_0.95'])}, the closed form without training "
-            f"{share(closed['test']['accuracy_0.95'])}",
-        ),
-        (
-            "1.3: stop when 10 epochs bring no 0.000001",
-            "",
-            f"epoch {fc['epochs']}, {fc['seconds']:.0f} s, MSE {fc['test']['mse']:.4g}",
-            "`python train_fc.py`",
-            f"holds: keeps epoch {fc['best_epoch']}",
-        ),
-        (
-            "1.3: the variant, 10 epochs ago less the largest since",
-            "",
-            f"epoch {window['epochs']}, {window['seconds']:.0f} s, MSE {window['test']['mse']:.4g}",
-            "`python train_fc.py --stop-rule window`",
-            f"same run, {window['epochs'] - fc['epochs']:+d} epochs; keeps epoch "
-            f"{window['best_epoch']}",
-        ),
-        (
-            "1.4.1: the chain on the CPU",
-            "0.754336 s",
-            seconds(chain["mean_s"]),
-            "`python bench.py`",
-            "image by image: mostly Python and dispatch. In batches of 100 the same chain takes "
-            f"{seconds(batched['mean_s'])}, the loader included",
-        ),
-        (
-            "1.4.1: the FC net on the CPU",
-            "0.13146 s",
-            seconds(net["mean_s"]),
-            "`python bench.py`",
-            f"faster than the chain image by image; of it {seconds(loader['mean_s'])} are the "
-            f"loader. The fused operator in its place: {seconds(fused['mean_s'])}, and exact",
-        ),
-        (
-            "1.4.1: the FC net on the GPU",
-            "0.139562 s",
-            "not measured",
-            "",
-            "no faster than the report's CPU, which points to the loader and not to the net",
-        ),
-        (
-            "2: the CNN's flips come from the network as a whole",
-            "",
-            f"{share(learned['test']['accuracy_0.95'])}; fixed flip "
-            f"{share(fixed['test']['accuracy_0.95'])}",
-            "`python train_cnn.py`, `--flip fixed`",
-            "cannot hold: an output pixel sees 13 x 13 input pixels. A constant image gets "
-            f"{share(learned['floor']['accuracy_0.95'])}",
-        ),
-        (
-            "2.2.1: the CNN on the CPU",
-            "2.900498 s; perceptual 2.635234 s",
-            f"{seconds(cnn['mean_s'])}; bfloat16 {seconds(cnn16['mean_s'])}",
-            "`python bench.py`",
-            f"{slower}; the loss it was trained with changes nothing",
-        ),
-        (
-            "2.2.1: the CNN on the GPU",
-            "0.587102 s; perceptual 0.594008 s",
-            "not measured",
-            "",
-            "",
-        ),
-        (
-            "2: slower than all transforms in sequence on the CPU",
-            "with perceptual loss",
-            slower,
-            "`python bench.py`",
-            "holds on a CPU, with either loss",
-        ),
-        (
-            "2.2.1: 50 minutes an epoch with perceptual loss",
-            "RTX 4070, 224 px",
-            f"{rate:.0f} images/s at {both['args']['vgg_size']} px on this CPU",
-            f"`{both['environment']['command']}`",
-            "not measured on a GPU",
-        ),
-        (
-            "2: the perceptual loss is much stronger",
-            "",
-            f"PSNR {both['test']['psnr']:.2f} dB against {mse['psnr']:.2f} dB with MSE alone; "
-            f"VGG distance {distance['perceptual']:.3g} against {distance['mse']:.3g}",
-            f"`{both['environment']['command']}`",
-            f"cosine 0.95: {share(both['test']['accuracy_0.95'])} against "
-            f"{share(mse['accuracy_0.95'])}, both with the fixed flip",
-        ),
-    ]
-    return lines(["claim", "report", "here", "command", "verdict"], *map(list, rows))
-
-
-def drawn(readme: str) -> str:
-    return BLOCK.sub(lambda m: m[1] + globals()[m[2]]() + m[3], readme)
-
-
-# --- the tests ---------------------------------------------------------------------------------
-
-
-def test_the_figures_are_those_of_the_results():
+def test_tables_match_the_results():
     readme = README.read_text()
-    assert {name for _, name, _ in BLOCK.findall(readme)} == {"speed", "accuracy", "claims"}
-    assert readme == drawn(readme), "run: python tests/test_readme.py"
+    assert {name for _, name, _ in tables.BLOCK.findall(readme)} == {"speed", "accuracy", "claims"}
+    assert readme == tables.drawn(readme), "run: python -m results.tables"
 
 
-def test_the_pictures_are_there():
+def test_pictures_exist():
     pictures = re.findall(r"!\[.*?\]\((.*?)\)", README.read_text())
     assert pictures
     assert all((ROOT / picture).is_file() for picture in pictures)
 
 
-def test_there_are_two_commands_and_each_is_whole():
+def test_two_complete_commands():
     commands = [x for x in README.read_text().splitlines() if x.startswith("python3 -m venv")]
     assert len(commands) == 2
     assert "train_fc.py" in commands[0]
@@ -258,7 +33,7 @@ def test_there_are_two_commands_and_each_is_whole():
 
 
 @pytest.mark.parametrize("script", ["train_fc.py", "train_cnn.py", "bench.py"])
-def test_the_flags_named_exist(script, monkeypatch, capsys):
+def test_flags_exist(script, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [script, "--help"])
     with pytest.raises(SystemExit):
         importlib.import_module(script.removesuffix(".py")).main()
@@ -272,7 +47,3 @@ def test_the_flags_named_exist(script, monkeypatch, capsys):
     }
     assert used
     assert all(flag in known for flag in used)
-
-
-if __name__ == "__main__":
-    README.write_text(drawn(README.read_text()))

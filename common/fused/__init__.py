@@ -1,9 +1,9 @@
-"""The fused operator, self-contained: `pip install .` installs this package as `fused_transform`."""
+"""The fused operator, self-contained: `pip install .` installs it as `fused_transform`."""
 
+from ._ops import load_if_built
 from .bands import Bands, stack
 from .fuse import NotFusable, fuse
 from .operator import FusedTransform, affine, fused_transform, separable_map
-from ._ops import load_if_built
 
 load_if_built()
 

@@ -21,6 +21,7 @@ def aside(function, *arguments):
         or torch._C._len_torch_function_stack()
         or torch._C._get_tracing_state() is not None
         or torch.is_autocast_enabled("cpu")
+        or torch.jit.is_tracing()
     ):
         with torch.inference_mode(False), torch.no_grad():
             return function(*arguments)

@@ -1,17 +1,23 @@
 """fuse(chain): a chain of torchvision transforms as one pass over the images."""
 
+import itertools
+import weakref
 from dataclasses import dataclass
 
 import PIL.Image
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
-from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as F
 
-from .operator import FLOATS, _aside, separable_map
+from . import _ops as ops
+from ._layout import Plan, aside
+from .bands import CPU
+from .operator import affine
 from .passes import Pass, Passes
-from .steps import NotFusable, Step, steps_of
+from .samples import apply, check, images_of, items_of, show, spec_of, wrap
+from .step import NotFusable, Step
+from .steps import steps_of
 
 __all__ = ["NotFusable", "fuse"]
 KEPT = 64  # image sizes whose passes a module keeps
@@ -64,28 +70,32 @@ class Fused(nn.Module):
         self.__setstate__({**self.__dict__, "fused_chain": chain})
 
     def __getstate__(self) -> dict:
-        return {k: v for k, v in self.__dict__.items() if k not in ("_steps", "_recipes")}
+        return {k: v for k, v in self.__dict__.items() if k not in ("_steps", "_recipes", "_key")}
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
         self._steps: list[Step] = steps_of(self.fused_chain)
         self._recipes: dict[tuple, _Recipe] = {}
+        self._key = next(_keys)
+        _modules[self._key] = self
 
     def extra_repr(self) -> str:
         lines = [step.name for step in self._steps]
         for (pil, _, dtype, shape), recipe in list(self._recipes.items())[-3:]:
             what = "PIL" if pil else str(dtype).removeprefix("torch.")
             passes = recipe.passes
-            how = "bands drawn for each call" if passes is None else " -> ".join(map(_show, passes))
+            how = "bands drawn for each call" if passes is None else " -> ".join(map(show, passes))
             lines.append(f"{what} {'x'.join(map(str, shape))}: {how or 'unchanged'}")
         return "\n".join(lines)
 
     def forward(self, *inputs):
         sample = inputs if len(inputs) > 1 else inputs[0]
+        if torch.compiler.is_compiling() and isinstance(sample, Tensor):
+            return self._traced(sample)
         if isinstance(sample, (Tensor, PIL.Image.Image)):
             return self._images([sample])[0]
         flat, spec = tree_flatten(sample)
-        chosen = _images_of(flat)
+        chosen = images_of(flat)
         plain = [x for x in flat if isinstance(x, Tensor) and x.dim() > 2]
         if isinstance(sample, list) and len(chosen) == 1 and len(flat) == len(plain) > 1:
             raise TypeError(
@@ -97,9 +107,22 @@ class Fused(nn.Module):
             flat[i] = result
         return tree_unflatten(flat, spec)
 
+    def _traced(self, x: Tensor) -> Tensor:
+        """For torch.compile and torch.export: of tensors, where nothing is drawn. The sizes are
+        constants of the graph."""
+        shape = [len(range(n)) for n in x.shape[-3:]]  # a range has no symbolic length
+        for box, clamp, tables, arguments in _constants(self._key, x.dtype, *shape):
+            if box is not None:
+                x = x[..., box[0] : box[0] + box[2], box[1] : box[1] + box[3]]
+            tables = [table.to(x.device) for table in tables]
+            x = torch.ops.fused_transform.differentiable.default(x, *tables, *arguments)
+            if clamp is not None:
+                x = x.clamp(*(bound.to(x.device) for bound in clamp))
+        return x
+
     def _images(self, images: list) -> list:
         """All images of one sample, with the same random parameters."""
-        recipes = [self._recipe(_spec(image)) for image in images]
+        recipes = [self._recipe(spec_of(image)) for image in images]
         params = None
         if recipes[0].draws:
             params, items = self._draw(images, recipes)
@@ -107,7 +130,7 @@ class Fused(nn.Module):
         for image, recipe in zip(images, recipes, strict=True):
             passes = recipe.passes
             if passes is None:
-                done = self._run(_spec(image), params, recipe.exact)
+                done = aside(self._run, spec_of(image), params, recipe.exact)
                 passes = done.done
             x = image
             if isinstance(x, PIL.Image.Image):
@@ -115,18 +138,18 @@ class Fused(nn.Module):
             elif type(x) is not Tensor:
                 x = x.as_subclass(Tensor)
             for each in passes:
-                x = _apply(each, x, items if params else 1)
-            results.append(_wrap(x, image, recipe))
+                x = apply(each, x, items if params else 1)
+            results.append(wrap(x, image, recipe.result, recipe.pil))
         return results
 
     def _draw(self, images: list, recipes: list[_Recipe]) -> tuple[list[list], int]:
         """The parameters of each step that draws, one for each item; and the number of items."""
-        items = {_items(image) for image in images}
+        items = {items_of(image) for image in images}
         sizes = {tuple(size for size in r.draws if self._steps[size[0]].sized) for r in recipes}
         if len(items) > 1 or len(sizes) > 1:
             raise ValueError(
                 "fuse: the images of a sample share their random parameters, so they must agree in "
-                "number and size: " + ", ".join(str(_spec(x)[3]) for x in images)
+                "number and size: " + ", ".join(str(spec_of(x)[3]) for x in images)
             )
         items, draws = items.pop(), recipes[0].draws
         steps = [self._steps[i] for i, _, _ in draws]
@@ -137,20 +160,23 @@ class Fused(nn.Module):
         params = [[] for _ in steps]
         for _ in range(items):
             for drawn, step, (_, height, width) in zip(params, steps, draws, strict=True):
-                drawn.append(step.draw(height, width))
+                try:
+                    drawn.append(step.draw(height, width))
+                except ValueError as error:
+                    raise ValueError(f"{step.name}: {error}") from None
         return params, items
 
     def _recipe(self, spec: tuple) -> _Recipe:
         recipe = self._recipes.get(spec)
         if recipe is None:
-            recipe = _aside(self._trace, spec)
+            recipe = aside(self._trace, spec)
             if len(self._recipes) >= KEPT:
                 self._recipes.pop(next(iter(self._recipes)), None)
             self._recipes[spec] = recipe
         return recipe
 
     def _trace(self, spec: tuple) -> _Recipe:
-        _check(spec)
+        check(spec)
         draws: list[tuple[int, int, int]] = []
         passes = self._run(spec, None, False, draws)
         exact = passes.roundings > 1
@@ -175,82 +201,32 @@ class Fused(nn.Module):
         return passes
 
 
-def _images_of(flat: list) -> list[int]:
-    """Which parts of a sample v2 transforms take for images."""
-    refused = tv_tensors.BoundingBoxes, tv_tensors.KeyPoints, tv_tensors.Mask
-    for x in flat:
-        if isinstance(x, refused):
-            raise TypeError(f"fuse: a sample with {type(x).__name__} cannot be fused: images only")
-    chosen = [
-        i
-        for i, x in enumerate(flat)
-        if isinstance(x, (tv_tensors.Image, tv_tensors.Video, PIL.Image.Image))
-    ]
-    if not chosen:
-        chosen = [i for i, x in enumerate(flat) if isinstance(x, Tensor)][:1]
-    if not chosen:
-        raise TypeError("fuse: there is no image in the sample")
-    return chosen
+_keys = itertools.count()
+_modules: "weakref.WeakValueDictionary[int, Fused]" = weakref.WeakValueDictionary()
 
 
-def _spec(image) -> tuple[bool, bool, torch.dtype, tuple[int, ...]]:
-    """What a recipe depends on: a PIL image or not, a plain tensor or not, dtype, (C, H, W)."""
-    if isinstance(image, Tensor):
-        return False, not isinstance(image, tv_tensors.TVTensor), image.dtype, image.shape[-3:]
-    if image.mode not in ("RGB", "L"):
-        raise TypeError(f"fuse: PIL images must be of mode RGB or L, not {image.mode}")
-    return True, False, torch.uint8, (len(image.getbands()), image.height, image.width)
+@torch.compiler.assume_constant_result
+def _constants(key: int, dtype: torch.dtype, *shape: int) -> list[tuple]:
+    """Of plain tensors, the passes of a module as tables and sizes; torch.compile runs this when it
+    traces a call."""
+    recipe = _modules[key]._recipe((False, True, dtype, shape))
+    if recipe.passes is None:
+        raise RuntimeError("fuse: torch.compile and torch.export take no chain that draws")
+    ops.load()
+    return aside(_constants_of, recipe.passes, dtype)
 
 
-def _check(spec: tuple) -> None:
-    pil, _, dtype, shape = spec
-    if dtype not in (torch.uint8, *FLOATS):
-        raise TypeError(f"fuse: images must be uint8 or float, not {dtype}")
-    if len(shape) < 3 or min(shape) < 1:
-        raise ValueError(f"fuse: images must be (..., C, H, W), none of them 0: {tuple(shape)}")
-
-
-def _items(image) -> int:
-    if not isinstance(image, Tensor):
-        return 1
-    own = 4 if isinstance(image, tv_tensors.Video) else 3
-    return image.shape[0] if image.dim() > own else 1
-
-
-def _apply(each: Pass, x: Tensor, items: int) -> Tensor:
-    indices = each.row_index, each.column_index
-    if indices == (None, None):
-        return separable_map(x, each.rows, each.columns, each.mix, each.table, dtype=each.dtype)
-    flat = x if x.dim() == 4 else x.flatten(0, -4)
-    repeats = len(flat) // items if items else 1
-    row_index, column_index = (
-        None if i is None else i.repeat_interleave(repeats).to(x.device) for i in indices
-    )
-    out = separable_map(
-        flat,
-        each.rows,
-        each.columns,
-        each.mix,
-        each.table,
-        row_index=row_index,
-        column_index=column_index,
-        dtype=each.dtype,
-    )
-    return out if x.dim() == 4 else out.unflatten(0, x.shape[:-3])
-
-
-def _wrap(x: Tensor, image, recipe: _Recipe):
-    """x as the type that the chain gives for this image."""
-    if recipe.pil:
-        return F.to_pil_image(x)
-    if recipe.result is None:
-        return tv_tensors.wrap(x, like=image) if isinstance(image, tv_tensors.TVTensor) else x
-    return x if recipe.result is Tensor else x.as_subclass(recipe.result)
-
-
-def _show(each: Pass) -> str:
-    def axis(bands) -> str:
-        return f"{bands.size}->{bands.out} ({bands.weight.shape[2]} taps)"
-
-    dtype = str(each.dtype).removeprefix("torch.")
-    return f"{axis(each.rows)} x {axis(each.columns)}, {tuple(each.mix.shape)[0]} channels {dtype}"
+def _constants_of(passes: list[Pass], dtype: torch.dtype) -> list[tuple]:
+    constants = []
+    for each in passes:
+        wide = torch.float64 in (dtype, each.dtype)
+        plan = Plan(each.rows, each.columns, wide, CPU)
+        sizes = each.rows.size, each.columns.size, each.rows.out, each.columns.out
+        dtype, table, clamp = each.dtype, each.table, None
+        if table is not None and dtype.is_floating_point:  # the operator itself is linear
+            if bool(table[:, 1:].isfinite().any()):
+                clamp = table[:, 1:].to(dtype).T[..., None, None].unbind()
+            table = affine(len(table), table[:, 0])
+        arguments = each.mix, table, None, None, *sizes, dtype
+        constants.append((each.box, clamp, (*plan.tables, *plan.transposed()), arguments))
+    return constants

@@ -11,8 +11,6 @@ from torch.autograd import forward_ad
 
 from . import _build, _ops
 from ._layout import Plan, chain_plan, sizes_tensor
-from ._layout import aside as _aside
-from ._ops import FLOATS
 from .bands import CPU, Bands
 
 SIZE = (28, 28)
@@ -40,8 +38,8 @@ def separable_map(
     """out[n, k] = clamp(sum over c of mix[k, c] * (rows @ images[n, c] @ columns^T) + bias[k]).
 
     images: (..., C, H, W), uint8, float16, bfloat16, float32 or float64, with any strides; none are
-    copied. rows, columns: bands from H to the result's height, from W to its width. mix: (C_out, C);
-    a 0 is no term, so that a NaN does not spread through it. bias: (C_out,), or what `affine`
+    copied. rows, columns: bands from H to the result's height and from W to its width. mix:
+    (C_out, C); a 0 is no term, so no NaN spreads through it. bias: (C_out,), or what `affine`
     returned, which saves a small image its cost. row_index, column_index: (N,) int64, which variant
     each image of an (N, C, H, W) batch takes; bool for two variants. low, high: numbers, or one for
     each channel of the result. dtype: the result's; by default float32 for uint8, else that of the
@@ -108,7 +106,7 @@ def fused_transform(
             known = _known.get((images.shape, images.dtype, images.device, size, hflip, vflip))
         except (TypeError, AttributeError, RuntimeError):
             known = None  # something is wrong
-        if known is not None and _is_plain(images):
+        if known is not None and images.layout == torch.strided and _is_plain(images):
             if out is None:
                 return _ops.forward(images, *known)
             if isinstance(out, Tensor) and not out.requires_grad:
@@ -175,7 +173,7 @@ def _mask(name: str, flip, images: Tensor) -> Tensor:
         raise TypeError(f"fused_transform: {name} must be a bool or a bool tensor, not {what}")
     if images.dim() != 4 or flip.shape != images.shape[:1]:
         raise ValueError(
-            f"fused_transform: {name} of shape {tuple(flip.shape)} must hold one flag for each image "
+            f"fused_transform: {name} of shape {tuple(flip.shape)} must hold a flag for each image "
             f"of an (N, 3, H, W) batch, which is {tuple(images.shape)}"
         )
     if flip.device != images.device:

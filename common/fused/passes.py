@@ -1,7 +1,9 @@
 """What a chain of linear steps does to an image, gathered into passes of the operator."""
 
 import platform
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -17,7 +19,7 @@ FLOOR, HALF_UP = -0.5 + 5e-5, 2e-5
 
 @dataclass(frozen=True, eq=False)
 class Pass:
-    """The arguments of one `separable_map`."""
+    """The arguments of one `separable_map`; box: the part of the images that it sees."""
 
     rows: Bands
     columns: Bands
@@ -26,6 +28,7 @@ class Pass:
     row_index: Tensor | None
     column_index: Tensor | None
     dtype: torch.dtype
+    box: tuple[int, int, int, int] | None  # top, left, height, width
 
 
 class Passes:
@@ -50,9 +53,12 @@ class Passes:
         self.source = source  # dtype of what the pass reads
         self.axes: list[Bands | None] = [None, None]  # rows, columns; None: as they are
         self.index: list[Tensor | None] = [None, None]  # which variant each item takes
-        self.mix = torch.eye(self.channels, dtype=torch.float64, device=CPU)
-        self.bias = torch.zeros(self.channels, dtype=torch.float64, device=CPU)
-        self.low = self.high = None  # (channels,): where the result is to be clamped
+        self.box: tuple[int, int, int, int] | None = None
+        # of the channels, as numbers: a chain that draws is built for each call
+        n = self.channels
+        self.mix = [[float(i == j) for j in range(n)] for i in range(n)]
+        self.bias = [0.0] * n
+        self.clamp: list[tuple[float, float]] | None = None  # (low, high) of each channel
         self.touched = self.sparse = self.rounds = self.floors = self.half_up = False
 
     def finish(self, dtype: torch.dtype) -> None:
@@ -61,12 +67,12 @@ class Passes:
             return
         sizes = self.height, self.width
         rows, columns = (bands or b.identity(n) for bands, n in zip(self.axes, sizes, strict=True))
-        bias = self.bias
+        round_by = 0.0
         if dtype == torch.uint8:
-            bias = bias + (FLOOR if self.floors else HALF_UP if self.half_up else 0)
-        plain = self.low is None and not bool(bias.any())
-        table = None if plain else affine(len(self.mix), bias, self.low, self.high)
-        self.done.append(Pass(rows, columns, self.mix, table, *self.index, dtype))
+            round_by = FLOOR if self.floors else HALF_UP if self.half_up else 0.0
+        bias = tuple(x + round_by for x in self.bias)
+        mix, table = _tables(tuple(map(tuple, self.mix)), bias, self.clamp and tuple(self.clamp))
+        self.done.append(Pass(rows, columns, mix, table, *self.index, dtype, self.box))
         self._begin(dtype)
 
     # along the axes
@@ -88,12 +94,11 @@ class Passes:
     def _blend(self, rows: Bands, columns: Bands) -> None:
         """Bands that mix pixels: what was clamped, or what these would read beyond torch, is a pass
         of its own."""
-        gaps = False
-        for axis, bands in enumerate((rows, columns)):
-            if self.sparse and self.axes[axis] is not None:
-                self._each(axis)
-                gaps |= self.axes[axis].gaps(bands)
-        if self.low is not None or gaps:
+        gaps = self.sparse and any(
+            mine is not None and (len(mine) > 1 or mine.gaps(new))
+            for mine, new in zip(self.axes, (rows, columns), strict=True)
+        )
+        if self.clamp or gaps:
             self.finish(self.dtype)
         self._then(0, rows)
         self._then(1, columns)
@@ -106,34 +111,40 @@ class Passes:
                 self.finish(torch.uint8)
             self.rounds = self.touched = True
 
-    def crop(self, top, left, height: int, width: int, fill=0.0, mode: str = "constant") -> None:
+    def crop(self, top, left, height: int, width: int, fill=(0.0,), mode="constant") -> None:
         """top, left: ints, or int64 (items,). Beyond the image lies `fill` (one value, or one for
         each channel), or the image continued as mode says."""
         old = self.height, self.width
+        if isinstance(top, int) and isinstance(left, int):
+            inside = top >= 0 and left >= 0 and top + height <= old[0] and left + width <= old[1]
+            if inside and self.axes == [None, None]:  # a view of the images, whatever their strides
+                shift = self.box or (0, 0)
+                self.box = shift[0] + top, shift[1] + left, height, width
+                self.height, self.width = height, width
+                self.touched = True
+                return
+        fill = list(fill)
         boxes = [torch.as_tensor(start, device=CPU) for start in (top, left)]
         outside = any(
             bool((start < 0).any() or (start + length > size).any())
             for start, length, size in zip(boxes, (height, width), old, strict=True)
         )
-        fill = torch.as_tensor(fill, dtype=torch.float64, device=CPU).expand(len(self.mix))
-        inner = outside and mode == "constant" and not torch.equal(fill, self.bias)
+        fill = fill * len(self.mix) if len(fill) == 1 else fill
+        inner = outside and mode == "constant" and fill != self.bias
         if inner:  # the operator gives the bias there: let it be the fill
             if self.rounds and self.dtype == torch.uint8:
                 self.finish(torch.uint8)
-            self.scale(1, -fill)
+            self.scale([1.0], [-x for x in fill])
             self.finish(torch.float32 if self.dtype == torch.uint8 else self.dtype)
         for axis, (start, length) in enumerate(zip(boxes, (height, width), strict=True)):
             self._then(axis, b.crop(old[axis], start, length, mode))
         self.height, self.width = height, width
         if inner:
-            self.scale(1, fill)
+            self.scale([1.0], fill)
 
     def flip(self, axis: int, mask: Tensor | None = None) -> None:
-        """axis: 0 flips upside down, 1 left to right. mask: bool (items,), which items."""
-        if mask is not None and len(mask) == 1:
-            if not bool(mask):
-                return
-            mask = None
+        """axis: 0 flips upside down, 1 left to right. mask: bool (items,), which items,
+        more than one."""
         self.touched = True
         bands = self.axes[axis] or b.identity((self.height, self.width)[axis])
         if mask is None:
@@ -146,7 +157,7 @@ class Passes:
             self.axes[axis] = self.axes[axis].flipped_where(mask)
 
     def resize(self, height, width, mode, antialias, *, boxes=None, native=True) -> None:
-        """boxes: (top, left, height, width), int64 (items,) each: what to resize. native: False
+        """boxes: int64 (4, items), top, left, height and width: what to resize. native: False
         where torchvision resizes uint8 as float32, rounded once."""
         old, new = (self.height, self.width), (height, width)
         if boxes is None and old == new:
@@ -158,11 +169,7 @@ class Passes:
         if clamps and native:
             self.roundings += 1  # never in one pass
         dtype = torch.float64 if self.dtype == torch.float64 or native else torch.float32
-        starts, lengths = (boxes[:2], boxes[2:]) if boxes else ((None, None), (None, None))
-        make = [
-            b.resize(old[a], new[a], mode, antialias, dtype, start=starts[a], length=lengths[a])
-            for a in range(2)
-        ]
+        make = b.resize_axes(old, new, mode, antialias, dtype, boxes)
         if native and self.exact:
             make = [b.quantized(bands, 30 if self.pil else 15) for bands in make]
             if old[0] != height and old[1] != width:
@@ -175,8 +182,7 @@ class Passes:
         self.height, self.width = new
         self.sparse |= not antialias and not levels
         if clamps:
-            self.low = torch.zeros(len(self.mix), dtype=torch.float64, device=CPU)
-            self.high = self.low + 255
+            self.clamp = [(0.0, 255.0)] * len(self.mix)
 
     def blur(self, kernel_size, sigma) -> None:
         """kernel_size, sigma: (width, height)."""
@@ -193,26 +199,26 @@ class Passes:
         """copies channels, each the weighted sum of all. floors: torchvision cuts off uint8."""
         if len(weights) > 1:
             self._round()
-            if self.low is not None:
+            if self.clamp:
                 self.finish(self.dtype)
             self.floors = floors and self.dtype == torch.uint8
-        matrix = torch.tensor([weights] * copies, dtype=torch.float64, device=CPU)
-        self.mix, self.bias = matrix @ self.mix, matrix @ self.bias
-        if self.low is not None:
-            self.low, self.high = self.low.expand(copies), self.high.expand(copies)
+        inputs = range(len(self.mix[0]))
+        gray = [sum(w * row[j] for w, row in zip(weights, self.mix, strict=True)) for j in inputs]
+        self.mix = [gray] * copies
+        self.bias = [sum(w * x for w, x in zip(weights, self.bias, strict=True))] * copies
+        if self.clamp:
+            self.clamp = self.clamp * copies
         self.channels, self.touched = copies, True
 
-    def scale(self, factor, shift) -> None:
-        """factor * values + shift; each a number, or one for each channel."""
-        factor, shift = (
-            torch.as_tensor(x, dtype=torch.float64, device=CPU).expand(len(self.mix))
-            for x in (factor, shift)
-        )
-        self.mix = factor[:, None] * self.mix
-        self.bias = factor * self.bias + shift
-        if self.low is not None:
-            ends = torch.stack([self.low, self.high]) * factor + shift
-            self.low, self.high = ends.amin(0), ends.amax(0)
+    def scale(self, factor: Sequence[float], shift: Sequence[float]) -> None:
+        """factor * values + shift: one number for all channels, or one for each."""
+        n = len(self.mix)
+        factor, shift = (list(x) * n if len(x) == 1 else x for x in (factor, shift))
+        self.mix = [[f * x for x in row] for f, row in zip(factor, self.mix, strict=True)]
+        self.bias = [f * x + s for f, x, s in zip(factor, self.bias, shift, strict=True)]
+        if self.clamp:
+            ends = zip(factor, shift, self.clamp, strict=True)
+            self.clamp = [tuple(sorted((f * a + s, f * b + s))) for f, s, (a, b) in ends]
         self.touched = True
 
     def cast(self, dtype: torch.dtype, scaled: bool) -> None:
@@ -221,9 +227,19 @@ class Passes:
             if self.exact and self.rounds:
                 self.finish(torch.uint8)
             if scaled:
-                self.scale(1 / 255, 0)
+                self.scale([1 / 255], [0.0])
         self.touched |= dtype != self.dtype
         self.dtype = dtype
+
+
+@lru_cache(maxsize=256)
+def _tables(mix, bias, clamp) -> tuple[Tensor, Tensor | None]:
+    """The tensors of a pass."""
+    tensor = torch.tensor(mix, dtype=torch.float64, device=CPU)
+    if clamp is None and not any(bias):
+        return tensor, None
+    low, high = zip(*clamp, strict=True) if clamp else (None, None)
+    return tensor, affine(len(mix), bias, low, high)
 
 
 def _resizes_uint8(mode: str) -> bool:

@@ -1,0 +1,96 @@
+"""The images of a sample: which parts they are, what they are, and a pass over them."""
+
+import PIL.Image
+import torch
+from torch import Tensor
+from torchvision import tv_tensors
+from torchvision.transforms.v2 import functional as F
+
+from ._ops import FLOATS
+from .operator import separable_map
+from .passes import Pass
+
+
+def images_of(flat: list) -> list[int]:
+    """Which parts of a sample v2 transforms take for images."""
+    refused = tv_tensors.BoundingBoxes, tv_tensors.KeyPoints, tv_tensors.Mask
+    for x in flat:
+        if isinstance(x, refused):
+            raise TypeError(f"fuse: a sample with {type(x).__name__} cannot be fused: images only")
+    chosen = [
+        i
+        for i, x in enumerate(flat)
+        if isinstance(x, (tv_tensors.Image, tv_tensors.Video, PIL.Image.Image))
+    ]
+    if not chosen:
+        chosen = [i for i, x in enumerate(flat) if isinstance(x, Tensor)][:1]
+    if not chosen:
+        raise TypeError("fuse: there is no image in the sample")
+    return chosen
+
+
+def spec_of(image) -> tuple[bool, bool, torch.dtype, tuple[int, ...]]:
+    """What a recipe depends on: a PIL image or not, a plain tensor or not, dtype, (C, H, W)."""
+    if isinstance(image, Tensor):
+        return False, not isinstance(image, tv_tensors.TVTensor), image.dtype, image.shape[-3:]
+    if image.mode not in ("RGB", "L"):
+        raise TypeError(f"fuse: PIL images must be of mode RGB or L, not {image.mode}")
+    return True, False, torch.uint8, (len(image.getbands()), image.height, image.width)
+
+
+def check(spec: tuple) -> None:
+    _, _, dtype, shape = spec
+    if dtype not in (torch.uint8, *FLOATS):
+        raise TypeError(f"fuse: images must be uint8 or float, not {dtype}")
+    if len(shape) < 3 or min(shape) < 1:
+        raise ValueError(f"fuse: images must be (..., C, H, W), none of them 0: {tuple(shape)}")
+
+
+def items_of(image) -> int:
+    if not isinstance(image, Tensor):
+        return 1
+    own = 4 if isinstance(image, tv_tensors.Video) else 3
+    return image.shape[0] if image.dim() > own else 1
+
+
+def apply(each: Pass, x: Tensor, items: int) -> Tensor:
+    if each.box is not None:
+        top, left, height, width = each.box
+        x = x[..., top : top + height, left : left + width]
+    indices = each.row_index, each.column_index
+    if indices == (None, None):
+        return separable_map(x, each.rows, each.columns, each.mix, each.table, dtype=each.dtype)
+    flat = x if x.dim() == 4 else x.flatten(0, -4)
+    repeats = len(flat) // max(items, 1)
+    row_index, column_index = (
+        None if i is None else i[:items].repeat_interleave(repeats).to(x.device) for i in indices
+    )
+    out = separable_map(
+        flat,
+        each.rows,
+        each.columns,
+        each.mix,
+        each.table,
+        row_index=row_index,
+        column_index=column_index,
+        dtype=each.dtype,
+    )
+    return out if x.dim() == 4 else out.unflatten(0, x.shape[:-3])
+
+
+def wrap(x: Tensor, image, result: type | None, pil: bool):
+    """x as the chain gives it for this image: a PIL image, `result`, or if None of the type of the
+    image."""
+    if pil:
+        return F.to_pil_image(x)
+    if result is None:
+        return tv_tensors.wrap(x, like=image) if isinstance(image, tv_tensors.TVTensor) else x
+    return x if result is Tensor else x.as_subclass(result)
+
+
+def show(each: Pass) -> str:
+    def axis(bands) -> str:
+        return f"{bands.size}->{bands.out} ({bands.weight.shape[2]} taps)"
+
+    dtype = str(each.dtype).removeprefix("torch.")
+    return f"{axis(each.rows)} x {axis(each.columns)}, {len(each.mix)} channels {dtype}"

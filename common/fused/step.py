@@ -1,0 +1,22 @@
+"""A step of a chain that can be fused."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+class NotFusable(ValueError):
+    """The chain has a step that the operator cannot do: the message names it, and why."""
+
+
+@dataclass
+class Step:
+    """apply(passes, params): params is what `draw` gave for each item, or None to learn of the
+    sizes only. draw(height, width): the random parameters of one item, from torch's generator.
+    sized: they depend on the image's size. fixed: they are always the same."""
+
+    name: str
+    apply: Callable
+    draw: Callable | None = None
+    sized: bool = False
+    fixed: bool = False
+    probability: float | None = None  # of a flip: draw is torch.rand(1) < probability
