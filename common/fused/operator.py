@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 
-from . import _build, _ops
+from . import _checks, _ops
 from ._layout import Plan, chain_plan, sizes_tensor
 from .bands import CPU, Bands
 
@@ -117,14 +117,14 @@ def fused_transform(
         h, w = images.shape[-2:]
         h, w = index(h), index(w)  # under torch.compile a dynamic size becomes a constant
     except (TypeError, ValueError, AttributeError, RuntimeError):
-        raise _fault(images, size) from None
+        raise _checks.fault(images, size) from None
     if not (out is None or isinstance(out, Tensor)):
-        raise _fault(None, size)
+        raise _checks.fault(None, size)
     hmask = vmask = None
     if hflip is not True and hflip is not False:
-        hflip, hmask = None, _mask("hflip", hflip, images)
+        hflip, hmask = None, _checks.mask("hflip", hflip, images)
     if vflip is not True and vflip is not False:
-        vflip, vmask = None, _mask("vflip", vflip, images)
+        vflip, vmask = None, _checks.mask("vflip", vflip, images)
     dtype = images.dtype
     mix = _MIXES[dtype == torch.uint8]
     plan = h, w, height, width, hflip, vflip, dtype == torch.float64, images.device
@@ -167,46 +167,6 @@ def _result_type(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype == torch.uint8 else dtype
 
 
-def _mask(name: str, flip, images: Tensor) -> Tensor:
-    if not isinstance(flip, Tensor) or flip.dtype != torch.bool:
-        what = flip.dtype if isinstance(flip, Tensor) else repr(flip)
-        raise TypeError(f"fused_transform: {name} must be a bool or a bool tensor, not {what}")
-    if images.dim() != 4 or flip.shape != images.shape[:1]:
-        raise ValueError(
-            f"fused_transform: {name} of shape {tuple(flip.shape)} must hold a flag for each image "
-            f"of an (N, 3, H, W) batch, which is {tuple(images.shape)}"
-        )
-    if flip.device != images.device:
-        raise ValueError(f"fused_transform: {name} must be on the device of the images")
-    return flip
-
-
-def _fault(images, size) -> Exception:
-    """What is wrong with these two."""
-    if not isinstance(images, Tensor):
-        return TypeError("fused_transform: images and out must be tensors")
-    try:
-        _, _ = size
-    except (TypeError, ValueError):
-        return TypeError(f"fused_transform: size must be (height, width), not {size!r}")
-    return _no_kernel(images) or ValueError(
-        f"fused_transform: images must be (..., 3, H, W), not {tuple(images.shape)}"
-    )
-
-
-def _no_kernel(images: Tensor) -> RuntimeError | None:
-    """Why there is no kernel for images of this kind."""
-    for kind, found in (("nested", images.is_nested), ("quantized", images.is_quantized)):
-        if found:
-            return RuntimeError(f"fused_transform: no kernel for {kind} images")
-    if images.layout != torch.strided:
-        return RuntimeError(f"fused_transform: no kernel for {images.layout} images")
-    if images.device.type != "cpu":
-        more = f". Build it: FORCE_CUDA=1 {_build.COMMAND}" if images.is_cuda else ""
-        return RuntimeError(f"fused_transform: no kernel for images on {images.device}{more}")
-    return None
-
-
 def _is_plain(images: Tensor) -> bool:
     """Whether nothing but the kernel has to hear of a call on these images: no derivative, no
     transform of functorch, no trace. Asked in each call, so in private names, which cost less."""
@@ -226,15 +186,15 @@ def _apply(images, plan, mix, affine, row_index, column_index, dtype, out) -> Te
     options = affine, row_index, column_index, dtype
     try:
         if out is not None:
-            _check_out(images, out)
+            _checks.check_out(images, out)
             _ops.forward_out(images, *plan.tables, mix, plan.sizes, *options, out)
             return out
         if _is_plain(images):
             return _ops.forward(images, *plan.tables, mix, plan.sizes, *options)
         tables = *plan.tables, *plan.transposed()
-        return _apply_recorded(images, tables, mix, plan.sizes.tolist(), *options)
+        return _apply_recorded(images, tables, mix, plan.numbers, *options)
     except NotImplementedError as error:
-        raise _no_kernel(images) or error from error
+        raise _checks.no_kernel(images) or error from error
 
 
 def _apply_recorded(images, tables, mix, sizes, affine, row_index, column_index, dtype) -> Tensor:
@@ -260,7 +220,7 @@ def _traced(images, tables, sizes, mix, affine, row_index, column_index, dtype, 
     options = affine, row_index, column_index, dtype
     if out is None:
         return _apply_recorded(images, tables, mix, sizes, *options)
-    _check_out(images, out)
+    _checks.check_out(images, out)
     table = _sizes_table(*sizes)
     op = torch.ops.fused_transform.separable_map_out.default
     op(images, *tables[:2], mix, table, *options, out)
@@ -285,12 +245,3 @@ def _map_tables(rows: Bands, columns: Bands, wide: bool, device) -> tuple[Tensor
     _ops.load()
     plan = Plan(rows, columns, wide, device)
     return *plan.tables, *plan.transposed()
-
-
-def _check_out(images: Tensor, out: Tensor) -> None:
-    if (
-        (torch.is_grad_enabled() and (images.requires_grad or out.requires_grad))
-        or torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
-    ):
-        raise RuntimeError("fused_transform: out= records no gradient; use torch.no_grad()")
