@@ -1,6 +1,7 @@
 """CIFAR-10 from disk or by download, synthetic images, and both as uint8 tensors in batches."""
 
 import argparse
+import os
 import shutil
 import sys
 import tarfile
@@ -88,7 +89,7 @@ def choose(name: str, root: str) -> str:
     if name == "synthetic" or cifar10_on_disk(folder):
         return "cifar10" if name == "auto" else name
     if folder != Path("data"):
-        whole = folder.resolve()
+        whole = Path(os.path.abspath(folder))  # resolve() would fail at a loop of links
         near = [place for place in (whole.parent, *_folders(whole), *_folders(whole.parent))
                 if cifar10_on_disk(place)]  # fmt: skip
         if near:

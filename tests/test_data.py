@@ -192,6 +192,15 @@ def test_train_size_above_50000_is_refused(cifar):
         load("cifar10", cifar, train_size=50_001)
 
 
+def test_folder_that_is_a_loop_of_links_is_refused(tmp_path):
+    loop = tmp_path / "a" / "b" / "loop"
+    loop.parent.mkdir(parents=True)
+    loop.symlink_to(loop)
+    for name in ("auto", "cifar10"):
+        with pytest.raises(UserError, match=str(loop)):
+            load(name, loop)
+
+
 @pytest.fixture
 def server(tmp_path_factory):
     """A local web server; `server.delay`: seconds to sleep before each 1,000 bytes."""
