@@ -28,6 +28,13 @@ class Wheel(bdist_wheel):
         return "py3", "none", super().get_tag()[2]
 
 
+class Build(BuildExtension.with_options(no_python_abi_suffix=True)):
+    def run(self) -> None:
+        for stale in Path(self.build_lib).rglob("_fused_*.so"):  # setuptools would pack them, too
+            stale.unlink()
+        super().run()
+
+
 force = os.environ.get("FORCE_CUDA")
 cuda = force == "1" or (force != "0" and torch.cuda.is_available() and CUDA_HOME is not None)
 switches = {name: os.environ.get(name) for name in ("TORCH_CUDA_ARCH_LIST", "MAX_JOBS", "CXX")}
@@ -46,9 +53,6 @@ setup(
     packages=["fused_transform"],
     package_dir={"fused_transform": "common/fused"},
     ext_modules=[extension],
-    cmdclass={
-        "build_ext": BuildExtension.with_options(no_python_abi_suffix=True),
-        "bdist_wheel": Wheel,
-    },
+    cmdclass={"build_ext": Build, "bdist_wheel": Wheel},
     options={"build_ext": {"force": True}},  # ninja sees what is new; setuptools not every switch
 )

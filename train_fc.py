@@ -43,7 +43,7 @@ def main() -> None:
     # --- model, loss, optimizer, schedule, early stopping ----------------------------------------
     model = FullyConnected().to(device)
     if args.init == "closed-form":
-        closed_form_(model, data.train.targets)
+        closed_form_(model, *data.train)
     loss_fn = nn.MSELoss()
 
     # The second layer learns at 128 times the rate of the first: 98 % then takes one epoch of

@@ -1,4 +1,4 @@
-"""What the three scripts share: data, transforms, models, losses, stopping, runs, figures."""
+"""Code shared by the three scripts: data, transforms, models, losses, stopping, runs, figures."""
 
 import os
 import tempfile
@@ -8,8 +8,8 @@ class UserError(Exception):
     """An error that the user can fix: the scripts print it as one line and exit with code 2."""
 
 
-# A container may have no home folder, or a read-only one. wandb and matplotlib then complain, line
-# after line, unless they are told where else to put their caches.
+# A container may have no home folder, or a read-only one. wandb and matplotlib then print many
+# warnings unless they get another folder for their caches.
 if not os.access(os.environ.get("HOME", ""), os.W_OK):
     _caches = tempfile.mkdtemp(prefix="caches-")
     for _name in ("XDG_CACHE_HOME", "XDG_CONFIG_HOME", "XDG_DATA_HOME"):

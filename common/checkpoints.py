@@ -1,4 +1,4 @@
-"""Files that a crash leaves whole: one run to a folder, written in one step, checked when read."""
+"""Crash-safe files: one run per folder, atomic writes, checksums verified on reading."""
 
 import argparse
 import fcntl
@@ -21,9 +21,9 @@ _locks: list[int] = []  # open folders
 
 
 def claim(args: argparse.Namespace) -> None:
-    """Locks --out for this run; on the first rank. Sets --resume auto to whether there is a run.
-    Raises UserError where --resume finds nothing to resume, and where --out holds another run that
-    nobody has asked to replace."""
+    """Locks --out for this run; on the first rank. Replaces --resume auto by None if there is no
+    run. Raises UserError if there is nothing to resume, or if --out holds another run and
+    --overwrite is not given."""
     folder = Path(args.out)
     if distributed.rank() == 0:
         lock(folder)
@@ -34,18 +34,18 @@ def claim(args: argparse.Namespace) -> None:
         raise UserError(f"--resume: there is no {last}; leave --resume out to start")
     if last.exists() and not args.resume and not args.overwrite:
         raise UserError(
-            f"{folder} holds a run; to go on with it: {distributed.resume_command()} "
+            f"{folder} holds a run; resume it: {distributed.resume_command()} "
             "(or replace it with --overwrite, or name another folder with --out)"
         )
 
 
 def lock(folder: Path) -> None:
-    """Makes `folder` and claims it for this process until `unlock` or until the process ends,
-    however it ends; removes what an earlier one left half written. Raises UserError where another
-    run has claimed it or nothing can be written."""
+    """Creates `folder` and locks it until `unlock` or the end of the process; removes temporary
+    files of an earlier process. Raises UserError if another run holds the lock or nothing can be
+    written."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()  # leaves nothing behind, killed or not
+        tempfile.TemporaryFile(dir=folder).close()  # has no name, so a kill leaves no file
         _locks.append(os.open(folder, os.O_RDONLY))
     except OSError as error:
         raise UserError(f"--out {folder}: cannot write there: {error.strerror}") from error
@@ -53,7 +53,7 @@ def lock(folder: Path) -> None:
         fcntl.flock(_locks[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         raise UserError(f"--out {folder}: another run is writing there; name another") from error
-    except OSError as error:  # some network file systems lock no folder
+    except OSError as error:  # some network file systems cannot lock folders
         print(f"{folder} cannot be locked: start no second run there ({error})", file=sys.stderr)
     for leftover in folder.glob(".*.tmp"):
         with suppress(OSError):
@@ -61,17 +61,17 @@ def lock(folder: Path) -> None:
 
 
 def unlock() -> None:
-    """Gives back what `lock` claimed."""
+    """Releases the locks that `lock` took."""
     while _locks:
         os.close(_locks.pop())
 
 
 def write(path: Path, content: Callable[[Any], None]) -> None:
-    """`content` writes an open binary file, which then takes the place of `path` in one step, so
-    that a crash or a full disk leaves the old one whole. Raises UserError where it cannot."""
+    """Atomic write: `content` writes to an open binary file, which then replaces `path` by a
+    rename. A crash or a full disk leaves the old file intact. Raises UserError on failure."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        content(memory := io.BytesIO())  # torch.save hides the cause where a disk is full
+        content(memory := io.BytesIO())  # torch.save hides the cause if a disk is full
         with open(temporary, "wb") as file:
             file.write(memory.getbuffer())
             file.flush()
@@ -84,7 +84,7 @@ def write(path: Path, content: Callable[[Any], None]) -> None:
 
 
 def remove(path: Path) -> None:
-    """Removes a file where it exists. Raises UserError where it cannot."""
+    """Removes a file if it exists. Raises UserError on failure."""
     try:
         path.unlink(missing_ok=True)
     except OSError as error:
@@ -97,11 +97,11 @@ def write_text(path: Path, text: str) -> None:
 
 
 def load_checkpoint(path: Path, model: nn.Module) -> dict[str, Any]:
-    """The dict in `path`, its weights loaded into `model`; nothing in it is run as code.
-    Raises UserError for a file that is missing, damaged, or of another model."""
+    """Loads the weights in `path` into `model` and returns the file's dict; runs no code from the
+    file. Raises UserError for a file that is missing, damaged, or of another model."""
     try:
-        # torch does not compare the checksums that it writes, and of an entry that one altered bit
-        # makes a folder it reads nothing at all: it gets a copy of what zipfile has checked
+        # torch does not verify the checksums that it writes. If one flipped bit marks an entry as
+        # a folder, torch returns uninitialised memory. So torch reads a copy that zipfile verified.
         with (
             open(path, "rb") as file,
             zipfile.ZipFile(file) as archive,
@@ -114,17 +114,16 @@ def load_checkpoint(path: Path, model: nn.Module) -> dict[str, Any]:
         weights = dict(state)["model"]
     except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
         raise UserError(f"checkpoint {path}: {error.strerror}") from error
-    except Exception as error:  # a damaged file can fail anywhere in zip, pickle or torch
+    except Exception as error:  # zipfile, pickle and torch raise many types for damaged files
         raise UserError(f"{path} is not a checkpoint, or is cut off or altered") from error
     try:
         model.load_state_dict(weights)
-    except Exception as error:  # whatever lies under "model"
+    except Exception as error:  # "model" may hold any object
         raise UserError(f"{path} is of another model than {type(model).__name__}") from error
     return state
 
 
-# A resumed run is the same run: only these flags may change, and the number of ranks, which is no
-# flag.
+# A resumed run may change only these flags, and the number of ranks.
 MAY_CHANGE = {
     "compare",
     "data_dir",
@@ -139,8 +138,8 @@ MAY_CHANGE = {
 
 
 def check_flags(saved: dict[str, Any], args: argparse.Namespace, fixed: set[str]) -> None:
-    """Raises UserError where a checkpoint's flags are not this run's, but for those that may
-    change and are not in `fixed`."""
+    """Raises UserError if a flag differs from the checkpoint's, except flags in MAY_CHANGE that
+    are not in `fixed`."""
     for key, value in vars(args).items():
         if key not in MAY_CHANGE - fixed and saved.get(key) != value:
             flag = "--" + key.replace("_", "-")

@@ -1,4 +1,4 @@
-"""The flags of the scripts, and their errors: one line on stderr and exit code 2."""
+"""Flags and error handling of the scripts: an error is one line on stderr and exit code 2."""
 
 import argparse
 import math
@@ -21,7 +21,7 @@ from common.checkpoints import unlock
 from common.distributed import is_lost, resume_command
 
 DRY_RUN = {"train_size": 320, "epochs": 2, "batch_size": 32}
-_parsed = argparse.Namespace()  # the flags, for `run` to name in its advice
+_parsed = argparse.Namespace()  # the flags; `run` reads the batch size for its advice
 
 
 class Parser(argparse.ArgumentParser):
@@ -32,7 +32,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def number(kind: type, low: float, *, above: bool = False) -> Callable[[str], Any]:
-    """An argparse type: a finite number >= low, or > low where `above`; integers below 2^31."""
+    """An argparse type: a finite number >= low, or > low if `above`; integers below 2^31."""
 
     def parse(text: str):
         value = kind(text)
@@ -49,14 +49,14 @@ def number(kind: type, low: float, *, above: bool = False) -> Callable[[str], An
 
 
 def path(text: str) -> str:
-    """An argparse type: a path, "~" expanded, that is not empty."""
+    """An argparse type: a path that is not empty, with "~" expanded."""
     if not text:
         raise argparse.ArgumentTypeError("the path is empty")
     return os.path.expanduser(text)
 
 
 def parser(doc: str, *, epochs: int, batch_size: int, lr: float) -> Parser:
-    """The flags that both training scripts have. doc: the script's docstring."""
+    """A parser with the flags of both training scripts. doc: the script's docstring."""
     p = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     count = number(int, 1)
     # data
@@ -64,7 +64,10 @@ def parser(doc: str, *, epochs: int, batch_size: int, lr: float) -> Parser:
     data_dir(p)
     p.add_argument("--test-data", choices=["same", "cifar10", "synthetic"], default="same")
     p.add_argument(
-        "--train-size", type=number(int, 2), metavar="N", help="images, of which a tenth validates"
+        "--train-size",
+        type=number(int, 2),
+        metavar="N",
+        help="images; a tenth of them is the validation set",
     )
     # training
     p.add_argument("--epochs", type=number(int, 0), default=epochs, help="at most (%(default)s)")
@@ -84,7 +87,7 @@ def parser(doc: str, *, epochs: int, batch_size: int, lr: float) -> Parser:
         nargs="?",
         choices=["must", "auto"],
         const="must",
-        help="go on from last.pt in --out; auto: start where there is none, for requeued jobs",
+        help="resume from last.pt in --out; auto: start if there is none, for requeued jobs",
     )
     p.add_argument("--overwrite", action="store_true", help="replace the run in --out")
     p.add_argument(
@@ -102,15 +105,16 @@ def data_dir(p: Parser) -> None:
     p.add_argument("--data-dir", type=path, default=default, help="default: $DATA_DIR, else data")
 
 
-# What tells two trainings apart beside their numbers: each has a default folder of its own.
+# Flags whose values name the default folder, so that each variant of a training has its own.
 VARIANTS = ("model", "init", "flip", "perceptual", "data", "stop_rule", "precision")
 
 
 def parse(p: Parser, name: str) -> argparse.Namespace:
-    """The flags. The default of --out is runs/NAME and each variant that is not the default."""
+    """Parses the flags. The default of --out is runs/NAME plus the VARIANTS flags that are not at
+    their default."""
     args = p.parse_args()
     if args.resume and args.overwrite:
-        p.error("--resume goes on with a run and --overwrite replaces it: give one of them")
+        p.error("--resume continues a run and --overwrite replaces it: give one of them")
     if args.wandb not in ("online", "offline", "disabled"):  # argparse does not check defaults
         p.error(f"WANDB_MODE is {args.wandb!r}, not online, offline or disabled")
     if args.dry_run:
@@ -122,31 +126,33 @@ def parse(p: Parser, name: str) -> argparse.Namespace:
         values = [key if key == "perceptual" else getattr(args, key) for key in special]
         words = [name, *(value for value in values if value != "cifar10")]
         args.out = "runs/" + "-".join([*words, *(["dry-run"] if args.dry_run else [])])
-        args.overwrite |= args.dry_run and not args.resume  # a dry run is worth nothing
+        args.overwrite |= args.dry_run and not args.resume  # a dry run needs no protection
     vars(_parsed).update(vars(args))
     return args
 
 
 def autocast(args: argparse.Namespace) -> torch.autocast:
-    """bfloat16 where --precision asks for it."""
+    """torch.autocast to bfloat16 under --precision bf16; disabled otherwise."""
     return torch.autocast(args.device, torch.bfloat16, enabled=args.precision == "bf16")
 
 
-def warn_if_emulated(args: argparse.Namespace) -> None:
-    """One line on stderr where --precision bf16 is slower than fp32, as on processors that emulate
-    it: one convolution of the CNN in both, the fastest of three runs."""
-    if args.precision == "fp32" or args.device != "cpu":
-        return
+def bfloat16_factor() -> float:
+    """How many times slower bfloat16 is than float32 on this CPU: one convolution of the CNN in
+    both, the fastest of three runs each. Processors without units for bfloat16 emulate it."""
     seconds = {}
-    for dtype in (torch.float32, torch.bfloat16):  # without random numbers: the run has its own
+    for dtype in (torch.float32, torch.bfloat16):  # without random numbers: a run has its own
         image, weight = (
             torch.ones(shape, dtype=dtype) for shape in ((1, 64, 30, 30), (64, 64, 4, 4))
         )
         convolve = partial(torch.nn.functional.conv2d, image, weight)
         convolve()
         seconds[dtype] = min(timeit.repeat(convolve, number=1, repeat=3))
-    factor = seconds[torch.bfloat16] / seconds[torch.float32]
-    if factor > 1.5:
+    return seconds[torch.bfloat16] / seconds[torch.float32]
+
+
+def warn_if_emulated(args: argparse.Namespace) -> None:
+    """One line on stderr where --precision bf16 is slower than fp32."""
+    if args.precision == "bf16" and args.device == "cpu" and (factor := bfloat16_factor()) > 1.5:
         print(
             f"warning: --precision bf16 is {factor:.0f} times slower than fp32 on this processor",
             file=sys.stderr,
@@ -154,13 +160,13 @@ def warn_if_emulated(args: argparse.Namespace) -> None:
 
 
 class Stream:
-    """stdout or stderr that cannot fail: what a closed pipe or a full disk cannot take is dropped,
-    since the run's files hold the same."""
+    """Wraps stdout or stderr so that writing cannot fail. Output to a closed pipe or a full disk is
+    dropped; the run's files hold the same figures."""
 
     def __init__(self, stream: Any) -> None:
         self.stream = stream
-        with suppress(AttributeError):  # no stream, or a stand-in
-            stream.reconfigure(errors="backslashreplace")  # a file name may be no valid text
+        with suppress(AttributeError):  # None, or a replacement
+            stream.reconfigure(errors="backslashreplace")  # a file name may not be valid UTF-8
 
     def write(self, text: str) -> int:
         self._try(lambda: self.stream.write(text))
@@ -173,7 +179,7 @@ class Stream:
         try:
             action()
         except (OSError, ValueError, AttributeError):
-            with suppress(OSError, ValueError, AttributeError):  # nothing is left to fail at exit
+            with suppress(OSError, ValueError, AttributeError):  # for the flush at exit
                 os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
 
     def __getattr__(self, name: str) -> Any:
@@ -181,9 +187,9 @@ class Stream:
 
 
 def run(main: Callable[[], None]) -> None:
-    """Calls a script's main; a user's mistake becomes one line and exit code 2."""
+    """Calls a script's main; a UserError becomes one line on stderr and exit code 2."""
     sys.stdout, sys.stderr = Stream(sys.stdout), Stream(sys.stderr)
-    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # as the script set it for its imports
+    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # the script sets SIG_DFL for its imports
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         main()
@@ -192,17 +198,17 @@ def run(main: Callable[[], None]) -> None:
     except UserError as error:
         fail(str(error))
     except (MemoryError, RuntimeError) as error:
-        # for the host's memory torch has no class of its own, only messages
+        # torch has no exception class for out of host memory: only the message tells
         known = r"(?i)allocate|bad_alloc|alloc_failed|out of memory|storage size"
         if re.search(known, str(error)) or isinstance(error, MemoryError):
             half = max(1, getattr(_parsed, "batch_size", 2) // 2)
             fail(f"out of memory: try --batch-size {half} or fewer images")
         if not is_lost(error):
             raise
-        print(f"another process ended or hangs; to go on: {resume_command()}", file=sys.stderr)
+        print(f"another process ended or hangs; resume: {resume_command()}", file=sys.stderr)
         print(error, file=sys.stderr)
         sys.exit(1)
-    except KeyboardInterrupt:  # before the training, which handles signals itself
+    except KeyboardInterrupt:  # before training; Run handles signals during training
         sys.exit(128 + signal.SIGINT)
     finally:
         unlock()

@@ -1,6 +1,7 @@
 """CIFAR-10 from disk or by download, synthetic images, and both as uint8 tensors in batches."""
 
 import argparse
+import os
 import shutil
 import sys
 import tarfile
@@ -31,7 +32,7 @@ class Split(NamedTuple):
 
 
 class Data(NamedTuple):
-    """The three splits on one device, and whose images they are: "cifar10" or "synthetic"."""
+    """The three splits on one device. name, test_name: "cifar10" or "synthetic"."""
 
     name: str
     test_name: str
@@ -41,8 +42,8 @@ class Data(NamedTuple):
 
 
 def load_data(args: argparse.Namespace, device: torch.device) -> Data:
-    """The data that the flags ask for. Sets --data to what "auto" found, since a resumed run must
-    find the same. Raises UserError."""
+    """Loads the data that the flags select. Replaces --data auto by the data set found, since a
+    resumed run must use the same one. Raises UserError."""
     with distributed.first_rank_first():  # one rank downloads
         data = load(
             args.data,
@@ -62,11 +63,11 @@ def load(
     name: str, root: str, *, test_name: str, train_size: int | None, test_size: int | None,
     seed: int, device: torch.device,
 ) -> Data:  # fmt: skip
-    """The data of one run. A tenth of the training images, drawn by seed, is held out to validate.
+    """The data of one run. A tenth of the training images, chosen by seed, is the validation set.
 
     name: "auto" (CIFAR-10 where `root` holds it, else synthetic), "cifar10" or "synthetic";
     test_name: "same" or one of these two. Sizes: None for all (50,000 and 10,000).
-    Raises UserError for data that are missing, damaged or fewer than asked for.
+    Raises UserError if data are missing or damaged, or if there are fewer images than requested.
     """
     name = choose(name, root)
     if test_name == "cifar10":
@@ -81,14 +82,14 @@ def load(
 
 
 def choose(name: str, root: str) -> str:
-    """What "auto" stands for: "cifar10" where `root` holds it, else "synthetic", with a warning.
-    Raises UserError for a folder that was named, so is not the default "data", and does not hold
-    CIFAR-10: under "auto", and where CIFAR-10 lies beside or above it instead."""
+    """Resolves "auto": "cifar10" if `root` holds it, else "synthetic" with a warning. Raises
+    UserError if `root` is not the default "data" and does not hold CIFAR-10: always under "auto",
+    and also if CIFAR-10 is found in a folder inside, beside or above `root`."""
     folder = Path(root)
     if name == "synthetic" or cifar10_on_disk(folder):
         return "cifar10" if name == "auto" else name
     if folder != Path("data"):
-        whole = folder.resolve()
+        whole = Path(os.path.abspath(folder))  # resolve() would fail at a loop of links
         near = [place for place in (whole.parent, *_folders(whole), *_folders(whole.parent))
                 if cifar10_on_disk(place)]  # fmt: skip
         if near:
@@ -122,7 +123,7 @@ def images(name: str, root: str, train: bool, size: int | None, seed: int) -> Te
     full = 50_000 if train else 10_000
     size = full if size is None else size
     if name == "synthetic":
-        return synthetic(size, 2 * seed + train)  # another seed for the test images
+        return synthetic(size, 2 * seed + train)  # the test images have another seed
     if size > full:
         raise UserError(f"CIFAR-10 has {full} such images, not {size}: ask for fewer")
     return cifar10(Path(root), train)[:size]
@@ -131,12 +132,12 @@ def images(name: str, root: str, train: bool, size: int | None, seed: int) -> Te
 def batches(
     split: Split, batch_size: int, seed: int, epoch: int, start: int = 0
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """One epoch in a random order that depends on seed and epoch alone, from batch `start` on:
-    images (B, 3, 32, 32) float32 in [0, 1] and targets (B, 1, 28, 28). The last may be smaller."""
+    """One epoch from batch `start` on, in a random order that depends only on seed and epoch:
+    images (B, 3, 32, 32) float32 in [0, 1], targets (B, 1, 28, 28). The last may be smaller."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
     order = torch.randperm(len(split.images), generator=generator).to(split.images.device)
     for indices in order.split(batch_size)[start:]:
-        # index_select copies whole images; indexing with a tensor goes byte by byte
+        # index_select copies whole images; indexing with a tensor copies single bytes
         yield (
             to_float(split.images.index_select(0, indices)),
             split.targets.index_select(0, indices),
@@ -149,9 +150,9 @@ def to_float(images: Tensor) -> Tensor:
 
 
 def synthetic(size: int, seed: int, height: int = 32, width: int = 32) -> Tensor:
-    """(size, 3, height, width) uint8 images with the two statistics of natural ones that a linear map
-    can see: an amplitude spectrum of 1/f, and channels that are mostly one brightness (Field 1987;
-    Ruderman, Cronin, Chiao 1998). Brightness and contrast vary from image to image."""
+    """(size, 3, height, width) uint8 images with the second-order statistics of natural images: a
+    1/f amplitude spectrum and strongly correlated channels (Field 1987; Ruderman, Cronin, Chiao
+    1998). Brightness and contrast vary from image to image."""
     generator = torch.Generator().manual_seed(seed)
     fy, fx = torch.fft.fftfreq(height)[:, None], torch.fft.rfftfreq(width)[None, :]
     frequency = (fx.square() + fy.square()).sqrt().clamp(min=1 / max(height, width))
@@ -170,7 +171,7 @@ def synthetic(size: int, seed: int, height: int = 32, width: int = 32) -> Tensor
 
 def cifar10(root: Path, train: bool) -> Tensor:
     """(N, 3, 32, 32) uint8, all training or test images, by torchvision, which checks every md5.
-    Downloads the archive where `root` does not hold it; UserError where that fails."""
+    Downloads the archive if `root` does not hold it. Raises UserError on failure."""
     if not cifar10_on_disk(root):
         _download(root)
     folder = root / CIFAR10.base_folder
@@ -179,17 +180,17 @@ def cifar10(root: Path, train: bool) -> Tensor:
             _extract(root)
         before = _stamps(folder)
         dataset = CIFAR10(root, train=train)
-        if before and _stamps(folder) != before:  # between its md5 and its reading, it may be
-            raise OSError("it was changed while it was read; start again")
-    except Exception as error:  # torchvision, tarfile and pickle each raise their own
+        if before and _stamps(folder) != before:  # after the md5 check
+            raise OSError("the folder was changed while it was read; start again")
+    except Exception as error:  # torchvision, tarfile and pickle raise many types
         _name_the_damaged_file(root)
         raise UserError(f"CIFAR-10 in {root} cannot be read: {error}") from error
     return torch.from_numpy(dataset.data).permute(0, 3, 1, 2).contiguous()
 
 
 def _extract(root: Path) -> None:
-    """Extracts the archive, whatever its md5: that of each file in it is checked when it is read.
-    The folder appears in one step."""
+    """Extracts the archive without checking its md5, since the md5 of each extracted file is
+    checked on reading. The folder appears atomically."""
     temporary = root / f".{CIFAR10.base_folder}.tmp"
     try:
         with tarfile.open(root / CIFAR10.filename) as archive:
@@ -200,13 +201,13 @@ def _extract(root: Path) -> None:
 
 
 def cifar10_on_disk(root: Path) -> bool:
-    """Whether `root` has CIFAR-10 as the extracted folder or as the archive, damaged or not: who
-    has it never trains on something else unawares."""
+    """Whether `root` has CIFAR-10, extracted or as the archive, damaged or not: nobody who has
+    CIFAR-10 silently trains on synthetic images."""
     return (root / CIFAR10.base_folder).is_dir() or (root / CIFAR10.filename).is_file()
 
 
 def _stamps(folder: Path) -> list[tuple]:
-    """Which files lie there: another one, or another content, has another stamp."""
+    """Name, inode, modification time and size of each file, to detect changes."""
     stats = [(path.name, path.stat()) for path in sorted(folder.glob("*"))]
     return [(name, each.st_ino, each.st_mtime_ns, each.st_size) for name, each in stats]
 
@@ -228,8 +229,8 @@ def _name_the_damaged_file(root: Path) -> None:
 
 
 def _download(root: Path) -> None:
-    """The archive into `root`, by way of a temporary file, within DOWNLOAD_LIMIT_S."""
-    if not root.is_dir() and root != Path("data"):  # the default may be made, a typing error not
+    """Downloads the archive into `root` through a temporary file, within DOWNLOAD_LIMIT_S."""
+    if not root.is_dir() and root != Path("data"):  # only the default is created
         raise UserError(f"no such folder: {root} (--data-dir)")
     archive = root / CIFAR10.filename
     temporary = archive.with_suffix(".part")

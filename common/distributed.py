@@ -1,5 +1,5 @@
 """Data-parallel training under torchrun: each rank trains on its share of every batch, and DDP
-averages the gradients. Without torchrun there is one rank, and nothing here does anything."""
+averages the gradients. Without torchrun there is one rank, and these functions do nothing."""
 
 import argparse
 import os
@@ -17,17 +17,17 @@ from torch.nn.parallel import DistributedDataParallel
 
 from common import UserError
 
-# While the first rank downloads, the others wait.
+# The other ranks wait while the first one downloads.
 SETUP_TIMEOUT = timedelta(hours=1)
-# For a rank that hangs, longer than any load can hold one up; a rank that died is noticed
-# immediately.
+# The timeout for a rank that hangs, longer than any delay by other load on the machine. A rank that
+# died is noticed immediately.
 STEP_TIMEOUT = timedelta(minutes=10)
-_group: Any = None  # the ranks that train, with STEP_TIMEOUT
+_group: Any = None  # the process group of the training, with STEP_TIMEOUT
 
 
 class Shard(NamedTuple):
-    """A rank's share of a batch. count: its images. weight: the factor of its loss, with which
-    DDP's mean over the ranks is the mean over all images of the batch."""
+    """A rank's share of a batch. count: the number of its images. weight: the factor of its loss
+    that turns DDP's mean over the ranks into the mean over all images of the batch."""
 
     images: Tensor
     targets: Tensor
@@ -36,17 +36,17 @@ class Shard(NamedTuple):
 
 
 def rank() -> int:
-    """The number of this process; 0 without torchrun."""
+    """The rank of this process; 0 without torchrun."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world_size() -> int:
-    """The number of processes; 1 without torchrun."""
+    """The number of ranks; 1 without torchrun."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def _setting(name: str, default: str | None = None) -> int:
-    """An integer that torchrun puts into the environment. Raises UserError."""
+    """An integer that torchrun sets in the environment. Raises UserError."""
     text = os.environ.get(name, default)
     if text is None or not text.isdecimal():
         raise UserError(
@@ -57,13 +57,13 @@ def _setting(name: str, default: str | None = None) -> int:
 
 
 def local_rank() -> int:
-    """The number of this process on its machine."""
+    """The rank of this process on its machine."""
     return _setting("LOCAL_RANK", "0") if dist.is_initialized() else 0
 
 
 def devices(asked: str) -> list[str]:
-    """What --device stands for, the fastest last: auto is the CPU, and CUDA where there is one.
-    Raises UserError."""
+    """The devices that --device selects, the fastest last: "auto" is the CPU, then CUDA if
+    available. Raises UserError."""
     if asked == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch sees no CUDA device here; use --device cpu")
     if asked != "auto":
@@ -72,9 +72,8 @@ def devices(asked: str) -> list[str]:
 
 
 def init(args: argparse.Namespace) -> torch.device:
-    """The device of --device, which it replaces by what "auto" found, for each rank a GPU of its
-    own; joins the ranks that torchrun started, of which the first alone prints. Raises
-    UserError."""
+    """Returns the device of --device and replaces "auto" by it; each rank gets its own GPU. Joins
+    the process group under torchrun, where only the first rank prints. Raises UserError."""
     args.device = devices(args.device)[-1]
     device = torch.device(args.device)
     if "WORLD_SIZE" in os.environ and _setting("WORLD_SIZE") > 1:
@@ -90,7 +89,7 @@ def init(args: argparse.Namespace) -> torch.device:
         except (ValueError, dist.DistError) as error:  # e.g. no MASTER_ADDR
             raise UserError(f"cannot join the other processes: {error}; use torchrun") from error
     if rank() > 0:
-        sys.stdout = None  # print then does nothing
+        sys.stdout = None  # makes print do nothing
     return device
 
 
@@ -110,7 +109,7 @@ def wrap(model: nn.Module) -> nn.Module:
     _group = None
     if not dist.is_initialized():
         return model
-    dist.barrier()  # within SETUP_TIMEOUT; from here on STEP_TIMEOUT holds
+    dist.barrier()  # within SETUP_TIMEOUT; STEP_TIMEOUT applies afterwards
     _group = dist.new_group(timeout=STEP_TIMEOUT)
     return DistributedDataParallel(model, process_group=_group)
 
@@ -127,7 +126,7 @@ def shard(images: Tensor, targets: Tensor) -> Shard:
 
 
 def total(values: dict[str, Any]) -> dict[str, Any]:
-    """Numbers or scalar tensors, summed over the ranks; the same bits on each rank."""
+    """All-reduce: numbers or scalar tensors, summed over the ranks; bit-identical on all ranks."""
     if _group is None:
         return values
     device = "cuda" if dist.get_backend(_group) == "nccl" else "cpu"

@@ -15,7 +15,7 @@ class EarlyStopping:
     Keras and PyTorch Lightning compare each loss with the last one that counted as a gain, and the
     report's rule with the true minimum of the epochs before the last `patience`. With patience 2
     and min_delta 1, the losses 5, 4.4, 3.9, 3.5 stop here, as 3.5 is not lower than 4.4 by more
-    than 1; Keras goes on, as it counts 3.9 as a gain over 5 and has waited one epoch since.
+    than 1; Keras continues, as it counts 3.9 as a gain over 5 and has waited one epoch since.
     """
 
     def __init__(self, patience: int = 10, min_delta: float = 1e-6, rule: str = "patience") -> None:
@@ -33,10 +33,11 @@ class EarlyStopping:
         self.epoch = self.best_epoch = 0
         self.best_loss = math.inf
         self.recent: list[float] = []  # the losses of the last `patience` epochs
-        self.reference = math.inf  # "patience": the best before those; "window": the one before
+        self.reference = math.inf  # "patience": the best loss before `recent`; "window": the last
 
     def step(self, loss: float) -> bool:
-        """Takes one epoch's validation loss; True: stop. ValueError where it is not finite."""
+        """loss: the validation loss of one epoch. Returns whether to stop. Raises ValueError if the
+        loss is not finite."""
         loss = float(loss)
         if not math.isfinite(loss):
             raise ValueError(f"the validation loss of epoch {self.epoch + 1} is {loss}")
@@ -54,9 +55,9 @@ class EarlyStopping:
         return self.reference - min(self.recent) <= self.min_delta
 
     def state_dict(self) -> dict:
-        """Everything, the settings included, as plain types."""
+        """The complete state, including the settings, as plain types."""
         return {**vars(self), "recent": list(self.recent)}
 
     def load_state_dict(self, state: Mapping) -> None:
-        """Goes on where `state_dict` was taken."""
+        """Restores the state that `state_dict` returned."""
         vars(self).update({**state, "recent": list(state["recent"])})

@@ -1,4 +1,4 @@
-"""A model over a whole split: its outputs, and the means that validation is judged by."""
+"""Runs a model on a whole split: its outputs, and the means of loss and accuracy."""
 
 import argparse
 
@@ -31,7 +31,7 @@ def predict(
 def evaluate(
     model: nn.Module, loss_fn: nn.Module, split: Split, args: argparse.Namespace
 ) -> dict[str, float]:
-    """The means of the loss, its terms and the accuracy over `split`, each rank with a share."""
+    """The means of loss, terms and accuracy over `split`; each rank evaluates a share."""
     shard = distributed.shard(*split)
     outputs, means = predict(model, loss_fn, Split(shard.images, shard.targets), args)
     means["accuracy_0.95"] = metrics.accuracy(outputs, shard.targets, 0.95)

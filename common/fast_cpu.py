@@ -1,15 +1,15 @@
-"""The CNN and the perceptual loss in less time on a CPU that computes in bfloat16.
+"""A fast path for the CNN and the perceptual loss on CPUs with native bfloat16.
 
-Steps per second against the plain modules (`python -m tests.manual.cnn_step`, two cores):
+Training steps per second against the plain modules, two cores, `python -m tests.manual.cnn_step`:
 
     processor, dtype                  CNN     perceptual loss, 224 px
-    Xeon with AMX, bfloat16           1.90    3.51
-    EPYC with AVX512-BF16, bfloat16   1.47    1.71
-    EPYC with AVX2 alone, float32     1.28    1.0
+    Xeon with AMX, bfloat16           1.90    3.51    (both rows at commit be81acf,
+    EPYC with AVX512-BF16, bfloat16   1.47    1.71     which had the same kernels)
+    EPYC with AVX2 alone, float32     1.3     1.0
 
 So float32 runs the plain modules. So does whatever could show a difference: hooks, changed layers,
-torch.compile, torch.func, a second derivative. `status` tells what ran and why. FAST_CPU=0 in the
-environment or `enable(False)` switches the fast path off.
+torch.compile, torch.func. A second derivative is that of the plain formula. `status` tells what
+ran and why. FAST_CPU=0 in the environment or `enable(False)` switches the fast path off.
 """
 
 import copy
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from common.fast_kernels import run_net, run_vgg
 from common.vgg16 import vgg_layers
 
-PRIVATE = (  # what torch may rename: without one of these the plain modules run
+PRIVATE = (  # names that torch may rename: if one is missing, the plain modules run
     "_C._functorch.peek_interpreter_stack",
     "_C._len_torch_dispatch_stack",
     "_C._len_torch_function_stack",
@@ -41,27 +41,28 @@ PRIVATE = (  # what torch may rename: without one of these the plain modules run
 )
 BF16 = torch.bfloat16
 
-_enabled: bool | None = False if os.environ.get("FAST_CPU") == "0" else None
+_DEFAULT = False if os.environ.get("FAST_CPU") == "0" else None
+_enabled: bool | None = _DEFAULT
 _status: dict[str, str] = {}
 
 
 def enable(value: bool | None) -> None:
-    """False: never. None, the default: where it is faster. True: in float32 and on any processor
-    too, for tests and measurements."""
+    """False: never. None, the default: where it is faster, unless FAST_CPU=0 is set. True: in
+    float32 and on any processor too, for tests and measurements."""
     global _enabled
-    _enabled = value
+    _enabled = _DEFAULT if value is None else value
 
 
 def status() -> dict[str, str]:
-    """What the last call of "cnn" and of "vgg" ran: "fast", or the reason why not."""
+    """For "cnn" and "vgg": "fast" if the last call ran the fast path, else the reason why not."""
     return dict(_status)
 
 
-# --- where it may run --------------------------------------------------------------------------
+# --- conditions of the fast path --------------------------------------------------------------
 
 
 def can_run_net(layers: nn.Module, images: Tensor) -> bool:
-    """Whether `run_net` gives what `layers(images)` gives, `layers` being ConvNet's."""
+    """Whether `run_net` may replace `layers(images)`. layers: those of a ConvNet."""
 
     def usable() -> bool:
         return (
@@ -76,7 +77,7 @@ def can_run_net(layers: nn.Module, images: Tensor) -> bool:
 
 
 def can_run_vgg(loss: nn.Module, output: Tensor, target: Tensor) -> bool:
-    """Whether `run_vgg` gives what `loss.distances(output, target)` gives."""
+    """Whether `run_vgg` may replace `loss.distances(output, target)`."""
 
     def usable() -> bool:
         frozen = [loss.mean, loss.std, *_tensors(loss.vgg)]
@@ -92,7 +93,7 @@ def can_run_vgg(loss: nn.Module, output: Tensor, target: Tensor) -> bool:
 
 
 def _decide(part: str, x: Tensor, usable: Callable, check: Callable) -> bool:
-    """Cheap questions first. The answer goes into `_status`."""
+    """Evaluates the conditions, the cheapest first, and records the result in `_status`."""
     if torch.compiler.is_compiling():
         return False
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
@@ -137,7 +138,7 @@ def _observed() -> bool:
 
 
 def _ordinary(*tensors: Tensor) -> bool:
-    """Whether all are dense CPU tensors of one dtype and of torch's own classes."""
+    """Whether all are dense CPU tensors of one dtype and no subclass of Tensor or Parameter."""
     dtype = tensors[0].dtype
     return all(
         type(x) in (Tensor, nn.Parameter)
@@ -149,13 +150,13 @@ def _ordinary(*tensors: Tensor) -> bool:
 
 
 def _tensors(layers: nn.Sequential) -> list[Tensor]:
-    """The weights, parameters or buffers, in a tenth of the time of layers.parameters()."""
+    """The parameters and buffers, in a tenth of the time of layers.parameters()."""
     return [x for m in layers for x in (*m._parameters.values(), *m._buffers.values())]
 
 
 def _same(layers: nn.Module, part: str) -> bool:
-    """Whether each attribute of each layer, its hooks among them, is that of the unchanged layers;
-    the values of weights and the mode, training or not, aside."""
+    """Whether each attribute of each layer, including its hooks, equals that of the original
+    layers, except the values of the weights and the training mode."""
     reference = _reference(part)
     if type(layers) is not nn.Sequential or len(layers) != len(reference) - 1:
         return False
@@ -168,7 +169,7 @@ def _same(layers: nn.Module, part: str) -> bool:
 
 @cache
 def _reference(part: str) -> list[tuple]:
-    """What `_same` wants of each layer."""
+    """The type, attributes and shapes that `_same` requires of each layer."""
     from common.models import ConvNet  # which imports this module
 
     with torch.device("meta"):
@@ -203,8 +204,9 @@ _checked: dict[tuple, str] = {}
 
 
 def _check(part: str, dtype: torch.dtype, results: Callable[[bool], list[Tensor]]) -> str:
-    """Compares results(True), fast, with results(False), plain, once. Returns a sentence where
-    they differ by more than rounding. The caller's modes and random state play no part."""
+    """Compares results(True), fast, with results(False), plain, once per part and dtype. Returns a
+    description if they differ by more than rounding, else "". Independent of the caller's modes
+    and random state."""
     if (part, dtype) not in _checked:
         problem, limit = "", 0.2 if dtype == BF16 else 1e-3
         autocast = torch.autocast("cpu", BF16, enabled=dtype == BF16)

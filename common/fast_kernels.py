@@ -1,5 +1,5 @@
-"""What `fast_cpu` runs: the CNN and the five VGG distances with private torch operators and
-hand-written backward passes. The formulas stand in models.py and perceptual.py."""
+"""The kernels of `fast_cpu`: the CNN and the five VGG distances with private torch operators and
+hand-written backward passes. The plain formulas are in models.py and perceptual.py."""
 
 from weakref import WeakKeyDictionary
 
@@ -18,15 +18,15 @@ def _nhwc(x: Tensor) -> Tensor:
 
 # --- the CNN -----------------------------------------------------------------------------------
 
-# A mask takes 16 random bits a pixel. Read as bfloat16, 13107 of 65536 patterns (0.199997) are at
-# most this number, NaNs counted as above; torch's backward pass of ReLU then is the one vectorised
-# kernel that compares and selects in a single pass over memory.
+# A mask takes 16 random bits per pixel. Read as bfloat16, 13107 of 65536 patterns (0.199997) are at
+# most this number; NaNs count as larger. torch's backward kernel of ReLU compares and selects in
+# a single vectorised pass over memory, so it applies the mask.
 DROP_AT_MOST = float(torch.tensor(0xCC4E - 65536, dtype=torch.int16).view(BF16))
 
 
 def random_bits(like: Tensor) -> Tensor:
     """Independent random bfloat16 bit patterns in the shape and memory order of `like`, a
-    channels_last CPU tensor. torch's generator gives the seed, so its state decides the bits;
+    channels_last CPU tensor. torch's generator gives the seed, so its state determines the bits;
     numpy draws eight bytes faster than torch draws one number for `bernoulli_`."""
     n, c, h, w = like.shape
     seed = int(torch.randint(2**63 - 1, ()))
@@ -36,9 +36,9 @@ def random_bits(like: Tensor) -> Tensor:
 
 
 class _ReLUDropout(torch.autograd.Function):
-    """In place max(x, 0), then, if drop, zero with probability 0.2, without the factor 1 / 0.8.
-    What was dropped is zero like what was below zero, so the backward pass is that of ReLU alone
-    and needs no mask."""
+    """In place: ReLU, then, if drop, dropout with probability 0.2 but without the factor 1 / 0.8.
+    Dropped elements are zero like negative inputs, so the backward pass is that of ReLU and needs
+    no mask."""
 
     @staticmethod
     def forward(ctx, x: Tensor, drop: bool) -> Tensor:
@@ -55,22 +55,22 @@ class _ReLUDropout(torch.autograd.Function):
         (x,) = ctx.saved_tensors
         if torch.is_grad_enabled():  # create_graph: a second derivative may follow
             return aten.threshold_backward(grad, x, 0), None
-        # In place: the next layer's backward pass made this gradient for this node alone, and
-        # fresh memory costs more than the arithmetic.
+        # In place: the next layer's backward pass created this gradient only for this node, and
+        # allocating memory costs more than the arithmetic.
         return aten.threshold_backward.grad_input(grad, x, 0, grad_input=grad), None
 
 
 def run_net(layers: nn.Sequential, images: Tensor) -> Tensor:
-    """`layers(images)`, `layers` being ConvNet's, `images` channels_last. Dropout's factor 1 / 0.8
-    moves into the few weights of the next layer."""
+    """Computes `layers(images)`. layers: those of a ConvNet. images: channels_last. Dropout's
+    factor 1 / 0.8 is applied to the weights of the next layer: fewer than activations."""
     first, _, second, _, drop1, third, _, drop2, fourth = layers
     scale1, scale2 = (1 / (1 - 0.2) if drop.training else 1.0 for drop in (drop1, drop2))
     x = _ReLUDropout.apply(first(images), False)
     x = _ReLUDropout.apply(second(x), drop1.training)
     x = F.conv2d(x, third.weight * scale1, third.bias, padding=1)
     x = _ReLUDropout.apply(x, drop2.training)
-    # With one output channel a convolution leaves most of the vector units idle. As a matrix
-    # product it gives every input pixel's 16 contributions, which fold adds up in float32.
+    # A convolution with one output channel uses little of the vector width. A matrix product
+    # computes the 16 contributions of each input pixel, and fold sums them in float32.
     taps = fourth.weight[0].flatten(1).flip(1) * scale2
     taps = x.permute(0, 2, 3, 1).flatten(1, 2) @ taps.to(x.dtype)
     size = (x.shape[2] - 1, x.shape[3] - 1)
@@ -79,9 +79,9 @@ def run_net(layers: nn.Sequential, images: Tensor) -> Tensor:
 
 # --- the distances of the perceptual loss ------------------------------------------------------
 
-GRAY_MEAN, GRAY_STD = 0.449, 0.226  # any gray scale serves: the first layer's weights undo it
-CHUNK = 2  # images at a time: few enough for the maps to stay in the processor's cache
-_cache: WeakKeyDictionary = WeakKeyDictionary()  # of a loss's vgg: what its weights were, packed
+GRAY_MEAN, GRAY_STD = 0.449, 0.226  # any scale works: the first layer's weights undo it
+CHUNK = 2  # images at a time: few enough for the maps to fit in the cache
+_cache: WeakKeyDictionary = WeakKeyDictionary()  # vgg -> key of its weights, packed weights
 
 
 def run_vgg(loss: nn.Module, output: Tensor, target: Tensor) -> Tensor:
@@ -93,8 +93,8 @@ def run_vgg(loss: nn.Module, output: Tensor, target: Tensor) -> Tensor:
 
 
 class _Distances(torch.autograd.Function):
-    """The VGG is frozen, so the gradient of the distances' sum is a fixed chain of the same
-    convolutions. It is computed beside them, a few images at a time."""
+    """The VGG is frozen, so the gradient of the distances' sum needs only the input gradients of
+    its layers. The forward pass computes it too, a few images at a time."""
 
     @staticmethod
     def forward(ctx, output, target, loss, dtype, need_grad):
@@ -120,7 +120,7 @@ class _Distances(torch.autograd.Function):
         create_graph = torch.is_grad_enabled()
         if not create_graph and bool((grad == grad[0]).all()):
             return grad[0] * grad_of_sum, None, None, None, None
-        # A second derivative may follow, or not the sum was used: the plain formula.
+        # A second derivative may follow, or the distances were not summed: the plain formula.
         with torch.enable_grad(), torch.autocast("cpu", BF16, enabled=ctx.dtype == BF16):
             distances = ctx.loss.distances(output, target)
         (grad,) = torch.autograd.grad(distances, output, grad, create_graph=create_graph)
@@ -128,9 +128,9 @@ class _Distances(torch.autograd.Function):
 
 
 def _packed(loss: nn.Module, dtype: torch.dtype) -> list[tuple]:
-    """For each convolution: whether a pooling stands before it, whether its output is compared,
-    its weight, its bias, and the weight of its gradient, which is a convolution too: channels
-    swapped, kernel turned by 180 degrees. Kept until a weight changes."""
+    """For each convolution: whether a pooling layer precedes it, whether its output is compared,
+    its weight, its bias, and the weight of its input gradient, a convolution with channels swapped
+    and the kernel rotated by 180 degrees. Cached until a weight changes."""
     tensors = [loss.mean, loss.std, *loss.vgg.buffers()]
     key = dtype, loss.size, [(x.data_ptr(), x._version) for x in tensors]
     if loss.vgg in _cache and _cache[loss.vgg][0] == key:
@@ -145,10 +145,10 @@ def _packed(loss: nn.Module, dtype: torch.dtype) -> list[tuple]:
         weight, compare = layer.weight, place in (2, 7, 14, 21, 28)
         back = weight.transpose(0, 1).flip(2, 3)
         if place == 0:
-            # The three channels differ by their normalisation only, so the layer is one of a gray
-            # channel and of one that holds ones. Outside of the image both are zero, as the
-            # normalised image is. A third holds what bfloat16 rounds off the gray: so near to
-            # the image, eight bits would cost more accuracy than in all the layers above.
+            # The three channels differ only in their normalisation, so the input reduces to a gray
+            # channel and a channel of ones. Both have zero padding, like the normalised image. A
+            # third channel holds the rounding error of the gray channel in bfloat16: rounding the
+            # input to eight bits would cost more accuracy than all the layers after it.
             mean, std = loss.mean.flatten(), loss.std.flatten()
             gray, ones = GRAY_STD / std, (GRAY_MEAN - mean) / std
             weight = torch.einsum("ocij,kc->okij", weight, torch.stack([gray, gray, ones]))
@@ -162,8 +162,8 @@ def _packed(loss: nn.Module, dtype: torch.dtype) -> list[tuple]:
 
 
 def _pack(weight: Tensor, n: int, side: int) -> Tensor:
-    """The weight in the layout that oneDNN's 3x3 convolution of n images of this side uses: else
-    it reorders the weight at each call, up to a seventh of a step."""
+    """The weight in the layout that oneDNN's 3x3 convolution of n images with this side uses.
+    Otherwise oneDNN reorders the weight at each call, which takes up to a seventh of a step."""
     native = weight.dtype == torch.float32 or (
         weight.dtype == BF16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     )
@@ -186,7 +186,7 @@ def _conv(x: Tensor, weight: Tensor, bias: Tensor | None = None, relu: bool = Fa
 def _distances(x: Tensor, layers: list[tuple], dtype: torch.dtype, need_grad: bool):
     """x: (2n, 1, S, S), n outputs and then their targets, gray and normalised. Returns the five
     distances (5,), each summed over the n images, and the gradient (n, 1, S, S) of their total
-    with respect to the outputs, or None. Both have the dtype of x, the VGG runs in `dtype`."""
+    with respect to the outputs, or None. Both have the dtype of x; the VGG runs in `dtype`."""
     n, shape, exact = len(x) // 2, x.shape[2:], x.dtype
     gray = x.to(dtype)
     x = _nhwc(torch.cat([gray, (x - gray).to(dtype), torch.ones_like(gray)], dim=1))
@@ -194,7 +194,7 @@ def _distances(x: Tensor, layers: list[tuple], dtype: torch.dtype, need_grad: bo
     for after_pool, compare, weight, bias, back in layers:
         pooled = None
         if after_pool:
-            # After the pooling, ReLU gives the same as before it, on a quarter of the pixels.
+            # ReLU commutes with max pooling; after it there are a quarter of the pixels.
             x, indices = F.max_pool2d(x, 2, return_indices=True)
             x.relu_()
             pooled = difference, indices[:n]
@@ -202,7 +202,7 @@ def _distances(x: Tensor, layers: list[tuple], dtype: torch.dtype, need_grad: bo
         x = _conv(x, weight, bias, relu=not compare)
         if compare:
             difference = x[:n] - x[n:]
-            # row by row: bfloat16 then rounds many norms a little, not one by a lot
+            # a norm per row: the rounding errors of many bfloat16 norms average out
             norms = torch.linalg.vector_norm(difference.permute(0, 2, 3, 1).flatten(2), dim=2)
             terms.append(norms.to(exact).square().sum() / difference[0].numel())
         tape.append((back, source, pooled, difference))
@@ -215,13 +215,13 @@ def _distances(x: Tensor, layers: list[tuple], dtype: torch.dtype, need_grad: bo
             factor = 2 / difference[0].numel()
             grad = difference * factor if grad is None else grad.add_(difference, alpha=factor)
         grad = _conv(grad, back)
-        # in place: zero where the ReLU let nothing through
+        # in place: the backward pass of ReLU
         aten.threshold_backward.grad_input(grad, source, 0, grad_input=grad)
         if pooled is not None:
             grad = aten.max_pool2d_with_indices_backward(
                 grad, pooled[0], (2, 2), (2, 2), (0, 0), (1, 1), False, pooled[1]
             )
-    # The first layer leads back to one channel, which a convolution does badly: a matrix product
-    # gives each pixel's 9 contributions, and fold adds them up.
+    # The gradient of the first layer has one channel, for which a convolution is slow: a matrix
+    # product computes the 9 contributions of each pixel, and fold sums them.
     taps = grad.permute(0, 2, 3, 1).flatten(1, 2) @ tape[0][0]
     return terms, F.fold(taps.mT.to(exact), shape, 3, padding=1)

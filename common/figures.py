@@ -1,4 +1,4 @@
-"""The pictures: the loss over the epochs, a grid of samples, the benchmark's two charts."""
+"""The figures: the loss over the epochs, a grid of samples, the benchmark's two charts."""
 
 import os
 from pathlib import Path
@@ -10,8 +10,8 @@ from common.checkpoints import write
 from common.data import Split
 from common.metrics import cosine
 
-# No screen is needed. matplotlib would fail at its import with a backend that is not installed,
-# such as that of a notebook from which a script was started.
+# The agg backend needs no display. A script started from a notebook inherits MPLBACKEND, and
+# matplotlib's import fails if that backend is not installed.
 os.environ["MPLBACKEND"] = "agg"
 from matplotlib import pyplot as plt
 
@@ -24,8 +24,8 @@ def _save(figure: Any, path: Path) -> None:
 def loss_curve(
     path: Path, history: list[dict[str, Any]], best_epoch: int, stopped: bool, title: str
 ) -> None:
-    """Train and validation loss over the epochs, log scale, with the kept epoch and the stop:
-    the report's figure 1. `history`: the lines of history.jsonl."""
+    """Training and validation loss over the epochs, log scale, with the best epoch and the early
+    stop: the report's figure 1. `history`: the lines of history.jsonl."""
     epochs = [line["epoch"] for line in history]
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
     axes.plot(epochs, [line["train_loss"] for line in history], label="training", marker=".")
@@ -86,8 +86,8 @@ def samples(path: Path, test: Split, outputs: dict[str, Tensor], title: str) -> 
 def bench_bars(
     path: Path, rows: list[dict[str, Any]], report: dict[tuple[str, str], float], title: str
 ) -> None:
-    """A bar a row, microseconds an image on a log scale, a panel for each device and protocol.
-    report: (device, row) -> seconds for 10,000 images by the report, shown as hollow bars."""
+    """One bar per row, microseconds per image on a log scale, one panel per device and protocol.
+    report: (device, row) -> the report's seconds for 10,000 images, shown as hollow bars."""
     panels: dict[tuple, list] = {}
     for row in rows:
         if row["median_s"]:
@@ -115,14 +115,14 @@ def bench_bars(
         axis.grid(alpha=0.3, axis="x", which="both")
         axis.margins(y=0.01)
     values = [value for bars in panels.values() for _, value, _ in bars]
-    axes[-1, 0].set_xlim(min(values) / 2, 3 * max(values))  # of all panels; room for the number
-    axes[-1, 0].set_xlabel("microseconds an image (median)")
+    axes[-1, 0].set_xlim(min(values) / 2, 3 * max(values))  # of all panels, with room for labels
+    axes[-1, 0].set_xlabel("microseconds per image (median)")
     figure.suptitle(title, fontsize=8)
     _save(figure, path)
 
 
 def bench_growth(path: Path, growth: list[dict[str, Any]], title: str) -> None:
-    """Time of one batch against its size, both axes logarithmic, a panel for each device."""
+    """Time per batch against batch size, both axes logarithmic, one panel per device."""
     devices = sorted({row["device"] for row in growth})
     figure, axes = plt.subplots(
         1, len(devices), figsize=(7.5 * len(devices), 5), layout="constrained", squeeze=False
@@ -133,8 +133,8 @@ def bench_growth(path: Path, growth: list[dict[str, Any]], title: str) -> None:
             points = [(row["batch"], 1e6 * row["median_s"]) for row in mine if row["name"] == name]
             style = ("-", "--", ":")[i % 3]
             axis.plot(*zip(*points, strict=True), style, marker=".", label=name)
-        axis.set(xscale="log", yscale="log", xlabel="images a batch", title=device)
-        axis.set_ylabel("microseconds a batch (median)")
+        axis.set(xscale="log", yscale="log", xlabel="images per batch", title=device)
+        axis.set_ylabel("microseconds per batch (median)")
         axis.grid(alpha=0.3, which="both")
         axis.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
     figure.suptitle(title, fontsize=8)

@@ -1,5 +1,5 @@
-"""How close an output is to the ground truth, and the two scores that frame every net's:
-the floor (a constant image) and the ceiling (the best rank-128 affine map)."""
+"""Similarity of outputs to the ground truth, and two reference scores for every net: the floor (a
+constant image) and the ceiling (the best rank-128 affine map)."""
 
 import math
 
@@ -24,7 +24,8 @@ def accuracy(outputs: Tensor, targets: Tensor, threshold: float) -> float:
 
 def score(outputs: Tensor, targets: Tensor) -> dict[str, float | None]:
     """outputs, targets: (N, 1, 28, 28) in [0, 1]. Returns the metrics of `metrics.json`: mse and
-    psnr (dB, peak 1, over all pixels; None where there is no error), shares and least cosine."""
+    psnr (dB, peak 1, over all pixels; None where there is no error), the accuracies, the lowest
+    cosine and the largest error of a pixel."""
     mse = F.mse_loss(outputs.double(), targets.double()).item()
     return {
         "mse": mse,
@@ -32,12 +33,14 @@ def score(outputs: Tensor, targets: Tensor) -> dict[str, float | None]:
         "accuracy_0.95": accuracy(outputs, targets, 0.95),
         "accuracy_0.99": accuracy(outputs, targets, 0.99),
         "min_cosine": cosine(outputs, targets).min().item(),
+        "max_abs_error": (outputs - targets).abs().max().item(),
     }
 
 
 def principal_directions(targets: Tensor, rank: int = 128) -> tuple[Tensor, Tensor]:
     """targets: (N, 1, 28, 28). Returns their mean (784,) and the `rank` eigenvectors of their
-    covariance with the largest eigenvalues, (784, rank), float64 as float32 loses the last ones."""
+    covariance with the largest eigenvalues (PCA), (784, rank). float64, as float32 is too inexact
+    for the smallest ones."""
     flat = targets.flatten(1)
     mean = flat.mean(dim=0, dtype=torch.float64)
     centred = flat - mean.float()
@@ -46,7 +49,7 @@ def principal_directions(targets: Tensor, rank: int = 128) -> tuple[Tensor, Tens
 
 
 def floor(train_targets: Tensor, test_targets: Tensor) -> dict[str, float | None]:
-    """The score of one gray image for all, of the mean brightness of the training targets."""
+    """The score of a constant gray image with the mean brightness of the training targets."""
     return score(train_targets.mean().expand_as(test_targets), test_targets)
 
 

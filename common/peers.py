@@ -1,5 +1,5 @@
-"""How other libraries would do the chain's work, each in its users' best form. All are optional:
-`pip install -r requirements-peers.txt` brings those that this machine can have."""
+"""The chain in other libraries, each in its fastest usual form. All are optional:
+`pip install -r requirements-peers.txt` installs those that exist for this machine."""
 
 from collections.abc import Callable
 
@@ -8,10 +8,10 @@ from torch import Tensor
 
 SIZE = (28, 28)
 
-# A peer takes uint8 images (N, 3, H, W), a batch size and a device, raises ImportError where it
-# is not installed, and returns what one pass is made of: the items of a pass and the step that
-# turns an item into a result, (B, 1, 28, 28) or (28, 28), float in [0, 1] or uint8. Those for
-# single images do as much of the work as they can on one channel: the chain is linear.
+# A peer takes uint8 images (N, 3, H, W), a batch size and a device, raises ImportError if it is not
+# installed, and returns the items of one pass and the step that turns an item into a result,
+# (B, 1, 28, 28) or (28, 28), float in [0, 1] or uint8. The chain is linear, so the peers that take
+# single images convert to gray first.
 Pass = tuple[list, Callable]
 
 
@@ -67,7 +67,7 @@ def jax(images: Tensor, batch: int, device: torch.device) -> Pass:
 
 
 def dali(images: Tensor, batch: int, device: torch.device) -> Pass:
-    """DALI's pipeline, fed with uint8 batches in turn, on every core or on the GPU."""
+    """DALI's pipeline on uint8 batches, on all cores or on the GPU."""
     from nvidia.dali import fn, pipeline_def, types
 
     @pipeline_def(
@@ -95,7 +95,7 @@ def dali(images: Tensor, batch: int, device: torch.device) -> Pass:
 
 
 def cvcuda(images: Tensor, batch: int, device: torch.device) -> Pass:
-    """CV-CUDA's twin of torchvision's functions, in batches on the GPU."""
+    """CV-CUDA's counterparts of torchvision's functions, in batches on the GPU."""
     from cvcuda import tv
 
     def step(x):

@@ -55,7 +55,7 @@ class PerceptualLoss(nn.Module):
         return torch.stack([F.mse_loss(one, other) for one, other in pairs])
 
     def forward(self, output: Tensor, target: Tensor) -> Tensor:
-        """output, target: (N, 1, H, W) float, in [0, 1] except where the net overshoots. Returns
+        """output, target: (N, 1, H, W) float; target in [0, 1], output not clamped. Returns
         a scalar, float64 for a float64 output, else float32. No gradient reaches the target.
         Raises ValueError for other shapes."""
         if output.shape != target.shape or output.dim() != 4 or output.shape[1] != 1:

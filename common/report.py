@@ -1,5 +1,5 @@
-"""What a run leaves at its end: metrics.json, two pictures, a table; and the machine's description,
-which is kept with every figure."""
+"""The results of a finished run: metrics.json, two figures and a table; and the description of the
+machine, which is stored with all results."""
 
 import json
 import os
@@ -22,9 +22,9 @@ from common.run import Run
 
 
 def write_report(run: Run, models: dict[str, nn.Module], loss_fn: nn.Module, data: Data) -> None:
-    """Evaluates the models, by their names in titles, on the test set, which is touched here for
-    the first time; the first one is the run's own. Writes metrics.json, samples.png and loss.png
-    and prints a table. Only the first rank does."""
+    """Evaluates the models on the test set, which nothing before uses. models: name in titles ->
+    model; the first is the run's own. Writes metrics.json, samples.png and loss.png and prints a
+    table, on the first rank only."""
     if distributed.rank() > 0:
         return
     args, label = run.args, next(iter(models))
@@ -66,7 +66,7 @@ def write_report(run: Run, models: dict[str, nn.Module], loss_fn: nn.Module, dat
 
 
 def print_table(result: dict[str, Any], label: str) -> None:
-    """Net, floor and ceiling side by side: an accuracy alone says little."""
+    """Prints net, floor and ceiling side by side, since an accuracy alone says little."""
     columns = {label: result["test"], **result["others"]}
     columns |= {"floor: constant gray": result["floor"], "ceiling: rank 128": result["ceiling"]}
     print(f"test on {result['data']['test']} images of {result['data']['test_name']}")
@@ -79,7 +79,7 @@ def print_table(result: dict[str, Any], label: str) -> None:
 
 
 def environment() -> dict[str, Any]:
-    """What a figure depends on beside the code: kept with every result."""
+    """Versions, hardware and command: stored with every result."""
     status = _git("status", "--porcelain")
     name, amx = processor()
     return {
@@ -110,8 +110,8 @@ def _git(*command: str) -> str | None:
 
 
 def processor() -> tuple[str, bool]:
-    """The processor's name, which platform.processor() does not know on Linux, and whether it has
-    AMX, without which bfloat16 is slow."""
+    """The processor's name, which platform.processor() does not give on Linux, and whether it has
+    AMX."""
     text = _read("/proc/cpuinfo")
     name = re.search(r"model name\s*: (.*)", text)
     return name[1] if name else platform.processor() or platform.machine(), "amx_bf16" in text

@@ -1,7 +1,7 @@
 """One training run and its folder: what --resume restores, and when it is saved. A Run never calls
 the model, the loss or the optimizer: the script does.
 
-last.pt         all that a resumed run needs     history.jsonl   one line per epoch
+last.pt         the complete state for --resume  history.jsonl   one line per epoch
 best.pt         the weights with the lowest validation loss
 """
 
@@ -34,23 +34,23 @@ from common.cli import warn_if_emulated
 from common.data import Split, batches
 from common.wandb_log import WandbLog
 
-SAVE_EVERY = 180  # seconds: the most that a SIGKILL in a long epoch can cost
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # SIGHUP: the terminal is gone
-ENDS_WITH = ("metrics.json", "samples.png", "loss.png")  # what is left when a run has ended
-# The part of a run that is neither in its `parts` nor a flag, with its value before it begins.
+SAVE_EVERY = 180  # seconds: a SIGKILL loses at most this much of a long epoch
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # SIGHUP: the terminal was closed
+ENDS_WITH = ("metrics.json", "samples.png", "loss.png")  # written at the end of a run
+# The attributes of a Run that last.pt holds beside `parts` and the flags.
 STATE = ("history", "stopped", "seconds_to_98", "step", "sums", "seconds", "wandb")
 
 
 class Run:
-    """args: the flags; a resumed run must have the same, but for those that may change. fixed:
-    flags that may not, although they may in other scripts. parts: whatever has a state_dict;
-    "model" and "stopping" are among them."""
+    """args: the flags; a resumed run must have the same, except checkpoints.MAY_CHANGE. fixed:
+    flags in MAY_CHANGE that may not change in this script. parts: objects with a state_dict,
+    "model" and "stopping" among them."""
 
     def __init__(self, args: argparse.Namespace, *, fixed: set[str] = frozenset(), **parts) -> None:
         self.args, self.out, self.fixed, self.parts = args, Path(args.out), fixed, parts
         self.history: list[dict[str, Any]] = []
         self.stopped, self.seconds_to_98 = False, None
-        # of the epoch under way: steps that are done, sums of the losses over images, seconds
+        # of the current epoch: completed steps, sums of the losses over images, seconds
         self.step, self.sums, self.seconds = 0, {}, 0.0
         self.wandb = secrets.token_hex(4)  # the id under which a resumed run logs
         self.log: WandbLog | None = None
@@ -64,9 +64,9 @@ class Run:
 
     def start(self) -> None:
         """Restores last.pt under --resume, else removes the run that --overwrite replaces; starts
-        wandb, and from here on defers signals: the first SIGINT, SIGTERM or SIGHUP ends the run
-        after its step, a second one at once. Raises UserError for checkpoints that are damaged or
-        of another run."""
+        wandb and defers signals: the first SIGINT, SIGTERM or SIGHUP ends the run after the current
+        step, a second one immediately. Raises UserError for checkpoints that are damaged or of
+        another run."""
         stale = ENDS_WITH
         if self.args.resume:
             self._restore()
@@ -89,7 +89,7 @@ class Run:
             default_signals()
 
     def batches(self, split: Split) -> Iterator[tuple[Tensor, Tensor]]:
-        """The rest of the current epoch, in an order that --seed and the epoch alone decide:
+        """The rest of the current epoch, in an order that depends only on --seed and the epoch:
         images (B, 3, 32, 32) float32 in [0, 1], targets (B, 1, 28, 28). With a progress bar."""
         seed, epoch, rank = self.args.seed, self.epoch + 1, distributed.rank()
         steps = math.ceil(len(split.images) / self.args.batch_size)
@@ -99,14 +99,14 @@ class Run:
             todo, f"epoch {epoch}", steps, initial=self.step, leave=False,
             disable=True if rank else None,  # None: on a terminal only
         ):  # fmt: skip
-            if rank:  # dropout masks of its own, without a random state to save
+            if rank:  # each rank has other dropout masks, and saves no random state
                 torch.manual_seed(hash((seed, epoch, self.step, rank)))
             yield batch
         self._stop_clock()
 
     def step_done(self, losses: dict[str, Tensor], count: int) -> None:
         """After each optimizer step. losses: means over `count` images, "loss" among them. Saves
-        every SAVE_EVERY seconds; after a signal to any rank it saves and exits."""
+        every SAVE_EVERY seconds; after a signal to any rank, saves and exits."""
         sums = {name: loss.detach().double() * count for name, loss in losses.items()}
         sums = distributed.total({"signal": bool(self.signal), **sums})
         interrupted = bool(sums.pop("signal"))
@@ -151,7 +151,7 @@ class Run:
             )
 
     def save(self) -> None:
-        """After each epoch: writes the files; exits where a signal, to any rank, has asked."""
+        """After each epoch: writes the files; exits if any rank received a signal."""
         self._write()
         if distributed.total({"signal": bool(self.signal)})["signal"]:
             self._exit()
@@ -159,11 +159,11 @@ class Run:
     def _exit(self) -> None:
         if distributed.rank() == 0:
             command = distributed.resume_command()
-            print(f"interrupted, saved; to go on: {command}", file=sys.stderr)
+            print(f"interrupted, saved; resume: {command}", file=sys.stderr)
         sys.exit(128 + (self.signal or signal.SIGTERM))
 
     def load_best(self) -> None:
-        """Loads best.pt into the model. Signals end the process at once from here on."""
+        """Loads best.pt into the model. Signals now end the process immediately."""
         default_signals()
         if distributed.rank() == 0:
             load_checkpoint(self.out / "best.pt", self.parts["model"])
@@ -175,7 +175,7 @@ class Run:
         return {**parts, **state, "args": vars(self.args), "random": random_state()}
 
     def _write(self, epoch_is_over: bool = True) -> None:
-        """Writes the files, last.pt at the end, as it is what --resume goes by."""
+        """Writes the files, last.pt last, since --resume reads the state from it."""
         if distributed.rank() > 0:
             return
         last, best_epoch = self._checkpoint(), self.parts["stopping"].best_epoch
@@ -206,7 +206,7 @@ class Run:
             check_flags(saved["args"], self.args, self.fixed)
             for name, part in self.parts.items():
                 part.load_state_dict(saved[name])
-            # a crash between the two files leaves best.pt of a later epoch, which comes again
+            # a crash between the two writes leaves a best.pt of a later epoch: it is rewritten
             if best["epoch"] < self.parts["stopping"].best_epoch:
                 raise UserError(f"{self.out / 'best.pt'} is missing or older than {path}")
             if best["epoch"] and best["wandb"] != saved["wandb"]:
@@ -215,15 +215,15 @@ class Run:
                 setattr(self, name, saved[name])
             set_random_state(saved["random"])
             if distributed.rank() == 0:
-                self._write_history()  # a crash may have left it behind last.pt, or cut off
+                self._write_history()  # after a crash it may be truncated or older than last.pt
         except UserError:
             raise
-        except Exception as error:  # somebody else's dict can fail anywhere
+        except Exception as error:  # a dict with other content raises many types
             raise UserError(f"{path} is not a checkpoint of this version") from error
 
 
 def default_signals() -> None:
-    """SIGINT, SIGTERM and SIGHUP end the process at once."""
+    """SIGINT, SIGTERM and SIGHUP end the process immediately."""
     for number in SIGNALS:
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, signal.SIG_DFL)

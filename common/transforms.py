@@ -1,5 +1,5 @@
-"""The chain that the nets imitate, three ways: torchvision's own (the ground truth), its plain
-torch twin as two small matrix products, and the fused operator of `common.fused`."""
+"""The chain that the nets imitate, three ways: by torchvision (the ground truth), in plain torch as
+two small matrix products, and by the fused operator of `common.fused`."""
 
 from functools import lru_cache
 
@@ -31,8 +31,8 @@ def _resize_matrix(
 ) -> Tensor:
     """(out_size, in_size): row i holds the weights of output pixel i, as torch's antialiased
     bilinear filter has them (aten/src/ATen/native/cpu/UpSampleKernel.cpp): a triangle of the
-    width of one output pixel, cut at the border and normalised. Computed in `dtype`, as torch
-    does, since a rounding can decide whether a pixel lies under the filter."""
+    width of one output pixel, cut at the border and normalised. Computed in `dtype`, like torch:
+    rounding decides which pixels fall inside the filter support."""
     scale = torch.full((), in_size, dtype=dtype, device=device) / out_size
     support = scale.clamp(min=1)
     center = scale * (torch.arange(out_size, dtype=dtype, device=device)[:, None] + 0.5)
@@ -51,7 +51,7 @@ def _kept_matrix(*arguments) -> Tensor:
 
 
 def _matrix(*arguments) -> Tensor:
-    """A trace computes the matrix anew: its tensors are fakes, and its sizes may be symbols."""
+    """The cached matrix; under tracing a new one, with fake tensors and maybe symbolic sizes."""
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
         return _resize_matrix(*arguments)
     return _kept_matrix(*arguments)
@@ -63,7 +63,7 @@ def matmul_transform(
     """The same chain as a weighted sum of the channels and two matrix products.
 
     images: (..., 3, H, W), uint8 in [0, 255] or float. Returns (..., 1, *size), float32 in [0, 1]
-    for uint8, else the dtype of images; float16 and bfloat16 are computed in float32, under
+    for uint8, else the dtype of images; float16 and bfloat16 are accumulated in float32, under
     autocast too. All three steps are linear, so their order is free, and a flip is a reversed
     matrix. Unlike torchvision, a NaN or an infinity spreads over its whole row and column.
     """

@@ -1,4 +1,4 @@
-"""VGG16 weight files, checked before use, and the part of the net that the loss compares with."""
+"""VGG16 weight files, checked before use, and the VGG16 layers of the perceptual loss."""
 
 import socket
 from pathlib import Path
@@ -9,14 +9,14 @@ from torchvision.models import VGG16_Weights, vgg
 
 from common import UserError
 
-# torchvision's vgg16().features up to layer 28: the places of the convolutions, their channels.
+# torchvision's vgg16().features up to layer 28: index of each convolution -> output channels.
 CONVS = {0: 64, 2: 64, 5: 128, 7: 128, 10: 256, 12: 256, 14: 256}
 CONVS |= {17: 512, 19: 512, 21: 512, 24: 512, 26: 512, 28: 512}
 
 
 def vgg16_features(weights: str | Path) -> nn.Sequential:
     """Layers 0 to 28 of torchvision's vgg16().features, float32, in eval mode. The weights are
-    buffers outside of the state dict: the net is frozen and no part of a checkpoint.
+    non-persistent buffers: the net is frozen and not part of a checkpoint.
 
     weights: see `load_vgg16`. Draws no random number from torch's generator.
     """
@@ -30,11 +30,11 @@ def vgg16_features(weights: str | Path) -> nn.Sequential:
 
 
 def vgg_layers() -> nn.Sequential:
-    """The same without the values."""
+    """The layers of `vgg16_features` without their weight values."""
     layers = vgg.make_layers(vgg.cfgs["D"], batch_norm=False)[:29]
     for layer in layers:
         if isinstance(layer, nn.ReLU):
-            layer.inplace = False  # in place it would overwrite the maps that are compared
+            layer.inplace = False  # in place it would overwrite the compared feature maps
         for name, value in list(layer.named_parameters()):
             delattr(layer, name)
             layer.register_buffer(name, value.detach(), persistent=False)
@@ -62,7 +62,7 @@ def load_vgg16(weights: str | Path) -> dict[str, Tensor]:
         raise UserError(f"VGG16 weights {path}: no such file")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # many kinds, by where the file breaks
+    except Exception as error:  # damaged files raise many types
         raise UserError(
             f"VGG16 weights {path}: not a whole PyTorch file of tensors only "
             f"({type(error).__name__})"
@@ -110,7 +110,7 @@ def _download() -> Path:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(url, str(path), path.stem.split("-")[1], progress=False)
-        except (OSError, RuntimeError) as error:  # no network, no disk; a wrong hash
+        except (OSError, RuntimeError) as error:  # network, disk or hash errors
             raise UserError(
                 f"cannot download {path.name} (528 MB) from {url}: {error}; put it into "
                 f"{path.parent}, or name a file with --vgg-weights PATH (or random)"

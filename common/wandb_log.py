@@ -1,4 +1,4 @@
-"""wandb where it is installed and works. It asks nothing and never ends a run."""
+"""Logging to wandb, if it is installed and works. It never prompts and never ends a run."""
 
 import argparse
 import os
@@ -11,7 +11,7 @@ from common import distributed
 
 
 class WandbLog:
-    """Logs one run, under the id with which a resumed run goes on; only on the first rank."""
+    """Logs one run on the first rank; a resumed run keeps its id."""
 
     def __init__(self, args: argparse.Namespace, run_id: str) -> None:
         self.run = None
@@ -38,7 +38,7 @@ class WandbLog:
                 if not wandb.login(prompt=False):
                     raise RuntimeError("not logged in")
                 return start("online")
-            except Exception as error:  # whatever it is, the run can be uploaded later
+            except Exception as error:  # of any type: the run can be uploaded later
                 why = str(error).splitlines()[0] if str(error) else type(error).__name__
                 print(f"wandb: {why}; offline, upload with `wandb sync`", file=sys.stderr)
         start("offline")
@@ -46,17 +46,17 @@ class WandbLog:
     def _try(self, action: Callable[[], Any]) -> None:
         try:
             action()
-        except Exception as error:  # whatever it is, the run is worth more
+        except Exception as error:  # of any type: logging must not end the run
             print(f"wandb is off: {type(error).__name__}: {error}", file=sys.stderr)
             self.run = None
 
     def epoch(self, line: dict[str, Any]) -> None:
-        """One line of the history: the loss curves."""
+        """Logs one line of the history."""
         if self.run:
             self._try(lambda: self.run.log(line, step=line["epoch"]))
 
     def finish(self, result: dict[str, Any], pictures: list[Path]) -> None:
-        """The final figures and the pictures."""
+        """Logs the final scores and figures."""
 
         def send() -> None:
             import wandb

@@ -83,6 +83,7 @@ Range range_of(const Bands& bands, const int32_t* table) {
   return range.low < range.high ? range : Range{0, 0};
 }
 
+#ifdef FUSED_X86
 HalfGroup joined(const HalfGroup& a, const HalfGroup& b) {
   const int32_t low = std::min(a.low, b.low);
   return {low,
@@ -93,6 +94,7 @@ HalfGroup joined(const HalfGroup& a, const HalfGroup& b) {
           0,
           {}};
 }
+#endif
 
 // Lengths in elements of T, for all images of a call.
 struct Layout {
@@ -134,7 +136,9 @@ struct Interleaved {
     }
   }
 };
+#ifdef FUSED_X86
 constexpr Interleaved kInterleaved[3] = {Interleaved(0), Interleaved(1), Interleaved(2)};
+#endif
 
 template <typename T>
 using Loader = void (*)(const void* source, int64_t column, const Terms<T>& terms, int64_t n,

@@ -1,5 +1,5 @@
-"""The tables of README.md, from the JSON in results/: `python -m results.tables` writes them. What
-stands between `<!-- NAME: ... -->` and `<!-- end -->` is the result of the function NAME."""
+"""Writes the tables of README.md from the JSON files in results/: `python -m results.tables`. The
+function NAME returns the text between `<!-- NAME: ... -->` and `<!-- end -->`."""
 
 import json
 import re
@@ -17,14 +17,14 @@ def run(name: str) -> dict:
 
 
 def bench() -> dict:
-    """The benchmark of the CPU, of the one with AMX."""
+    """The benchmark on the CPU with AMX."""
     found = (json.loads(path.read_text()) for path in RESULTS.glob("bench-*.json"))
     (result,) = (each for each in found if each["environment"].get("amx"))
     return result
 
 
 def row(name: str, protocol: str) -> dict:
-    """The benchmark's row of that name, at its best batch size."""
+    """The benchmark's row with this name and protocol, at the fastest batch size."""
     rows = [r for r in bench()["rows"] if (r["name"], r["protocol"]) == (name, protocol)]
     return min(rows, key=lambda r: r["us_per_image"])
 
@@ -56,7 +56,7 @@ def lines(*rows: list[str]) -> str:
 
 
 def speed() -> str:
-    """What a pass over the test images costs, the fastest first."""
+    """The time of one pass over the test images, the fastest first."""
     floor, ceiling = (run("fc")[key]["accuracy_0.95"] for key in ("floor", "ceiling"))
     names = dict.fromkeys(r["name"] for r in bench()["rows"] if r["median_s"] and not r["peer"])
     best = [row(name, "tensor") for name in names if name not in ("fc products", CHAIN)]
@@ -110,7 +110,7 @@ def accuracy() -> str:
 
 
 def claims() -> str:
-    """Each claim of the report beside what was measured here."""
+    """Each claim of the report with the measurement of this project."""
     fc, window, closed = run("fc"), run("fc-window"), run("fc-closed-form")
     learned, fixed = run("cnn-learned"), run("cnn-fixed")
     names = (CHAIN, "fc", "cnn", "cnn bf16")

@@ -1,4 +1,4 @@
-"""What the tests of both training scripts share."""
+"""Helpers that several test files share."""
 
 import json
 import os
@@ -11,10 +11,13 @@ from types import ModuleType
 
 import pytest
 import torch
+from torch import Tensor
+from torchvision.transforms.v2 import functional as F
 
 from common import cli, figures
 
 ROOT = Path(__file__).resolve().parent.parent
+SMALL = ["--data", "synthetic", "--dry-run"]  # the flags of a run that takes a second
 
 
 def run_script(script: ModuleType, *args, code: int = 0) -> None:
@@ -28,13 +31,34 @@ def run_script(script: ModuleType, *args, code: int = 0) -> None:
     assert code == 0 or stopped.value.code == code
 
 
+def refused(capsys: pytest.CaptureFixture, script: ModuleType, *args) -> str:
+    """Runs a script that must exit with code 2 and one line on stderr. Returns the line."""
+    run_script(script, *args, code=2)
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1, err
+    return err
+
+
+def torchvision_chain(
+    images: Tensor, size: tuple[int, int], hflip: bool = True, vflip: bool = True
+) -> Tensor:
+    """The report's chain by torchvision: images (..., 3, H, W), uint8 or float, to
+    (..., 1, *size)."""
+    if images.dtype == torch.uint8:
+        images = F.to_dtype(images, torch.float32, scale=True)
+    out = F.rgb_to_grayscale(F.resize(images, list(size), antialias=True))
+    out = F.horizontal_flip(out) if hflip else out
+    return F.vertical_flip(out) if vflip else out
+
+
 def interrupt_at(patch: pytest.MonkeyPatch, step: int, number: int) -> list:
-    """Sends the signal `number` to this process in training step `step`. Returns a list with an
-    item for each step that was begun."""
+    """Sends the signal `number` to this process in training step `step`. Returns a list that gets
+    one item for each step that starts."""
     begun, real = [], torch.nn.functional.mse_loss
 
     def mse_loss(*args, **settings):
-        if torch.is_grad_enabled():  # a training step, not validation
+        # a training step, not validation; of the images, not of the VGG's maps
+        if torch.is_grad_enabled() and args[0].shape[1:] == (1, 28, 28):
             begun.append(1)
             if len(begun) == step:
                 os.kill(os.getpid(), number)
@@ -62,7 +86,7 @@ def history(out: Path) -> list[dict]:
 
 
 def assert_equal_runs(first: Path, second: Path) -> None:
-    """The same history, and the same bits in everything that training goes on from."""
+    """The same history, and the same bits in everything that a resumed run reads."""
     assert history(first) == history(second)
     for name, keys in (
         ("best.pt", ("model", "epoch")),
@@ -75,7 +99,8 @@ def assert_equal_runs(first: Path, second: Path) -> None:
 
 
 def start_ranks(code: str, *args, world: int = 2) -> list[subprocess.Popen]:
-    """Starts what torchrun starts, without its own process: `code`, with `args` as its flags."""
+    """Starts `world` ranks as torchrun does, without its supervisor; each runs `code` with `args`
+    as its flags."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -91,13 +116,14 @@ def start_ranks(code: str, *args, world: int = 2) -> list[subprocess.Popen]:
 
 
 def quiet_environment(**more) -> dict[str, str]:
-    """For a process of its own: no wandb, one thread, so that two do not wait for each other."""
+    """The environment of a subprocess: no wandb, and one thread, so that two processes do not wait
+    for each other."""
     settings = {"WANDB_MODE": "disabled", "OMP_NUM_THREADS": 1, **more}
     return {**os.environ, **{name: str(value) for name, value in settings.items()}}
 
 
 def assert_close_runs(first: Path, second: Path) -> None:
-    """The same training but for the order of sums: everything within 1e-5, the clock aside."""
+    """The same training except for the order of sums: all values but the times within 1e-5."""
     pairs = list(zip(history(first), history(second), strict=True))
     assert all(one == pytest.approx(two, abs=1e-5) for one, two in pairs)
     for name in ("best.pt", "last.pt"):

@@ -10,14 +10,14 @@ import torch
 import bench
 from common import figures
 from common.transforms import reference_transform
-from tests.runs import run_script
+from tests.runs import refused, run_script
 
-SMALL = ["--data", "synthetic", "--images", 20, "--batch-size", 10, "--device", "cpu"]
+FEW = ["--data", "synthetic", "--images", 20, "--batch-size", 10, "--device", "cpu"]
 NAMES = {
     *("torchvision sequential", "torchvision batched", "matmul", "matmul compiled", "gemm"),
     *("fused", "fused uint8", "copy", "fc", "fc bf16", "cnn", "cnn bf16"),
 }
-PINNED = {
+DOCUMENTED = {
     *("name", "device", "protocol", "dtype", "batch", "images", "runs", "mean_s", "median_s"),
     *("iqr_s", "min_s", "images_per_s", "speedup", "max_abs_error", "accuracy_0.95", "note"),
 }
@@ -25,11 +25,12 @@ PINNED = {
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch, tmp_path):
-    """Small, and in a folder without checkpoints."""
+    """A short benchmark in a folder without checkpoints."""
     monkeypatch.setattr(torch, "compile", lambda function, **settings: function)
     monkeypatch.setattr(bench, "GROWTH", (1, 10))
     monkeypatch.setattr(bench, "GROWTH_BUDGET_S", 0)
     monkeypatch.setattr(bench, "LEAST_RUNS", 1)
+    monkeypatch.setattr(bench.cli, "bfloat16_factor", lambda: 1.0)
     for chart in ("bench_bars", "bench_growth"):
         monkeypatch.setattr(figures, chart, lambda path, *args: path.touch())
     monkeypatch.chdir(tmp_path)
@@ -39,7 +40,7 @@ def quick(monkeypatch, tmp_path):
 
 def run(*flags, code=0):
     """Returns the JSON, and its rows by protocol and name (of the larger batch)."""
-    run_script(bench, *SMALL, "--runs", 3, *flags, "--out", "out", code=code)
+    run_script(bench, *FEW, "--runs", 3, *flags, "--out", "out", code=code)
     if code:
         return None
     (path,) = Path("out").glob("bench-*.json")
@@ -47,13 +48,13 @@ def run(*flags, code=0):
     return result, {(row["protocol"], row["name"]): row for row in result["rows"]}
 
 
-def test_it_leaves_what_design_pins(capsys):
+def test_run_writes_documented_files(capsys):
     result, rows = run()
     assert {path.suffix for path in Path("out").iterdir()} == {".json", ".md", ".png"}
     assert {name for protocol, name in rows if protocol == "tensor"} >= NAMES
     assert {name for protocol, name in rows if protocol == "report"} >= {bench.BASE, "fc", "cnn"}
     for row in result["rows"]:
-        assert row.keys() >= PINNED
+        assert row.keys() >= DOCUMENTED
         assert row["runs"] == 3
         assert row["min_s"] <= row["median_s"]
         assert row["images_per_s"] == pytest.approx(20 / row["median_s"])
@@ -65,8 +66,8 @@ def test_it_leaves_what_design_pins(capsys):
     assert all(len(line) <= 120 for line in capsys.readouterr().out.splitlines()[2:])
 
 
-def test_the_charts_are_drawn(tmp_path, monkeypatch):
-    monkeypatch.undo()  # the real ones
+def test_charts(tmp_path, monkeypatch):
+    monkeypatch.undo()  # the real chart functions
     row = {"name": "fused", "device": "cpu", "protocol": "report", "batch": 10, "us_per_image": 1.0}
     row |= {"median_s": 1.0, "peer": False}
     shown = []
@@ -84,7 +85,7 @@ def test_the_charts_are_drawn(tmp_path, monkeypatch):
 
 
 def slower(monkeypatch, name, step):
-    """Puts `step` after the method's own."""
+    """Runs `step` after the method's own step."""
 
     def methods(*args):
         found = real(*args)
@@ -97,8 +98,8 @@ def slower(monkeypatch, name, step):
     monkeypatch.setattr(bench, "methods", methods)
 
 
-def test_a_slow_down_shows_in_its_own_row_alone(monkeypatch):
-    # by a clock that moves on by 1 ms when it is read, so that a busy machine does not matter
+def test_slowdown_changes_only_its_own_row(monkeypatch):
+    # a fake clock advances by 1 ms per reading, so that load on the machine does not matter
     now = [0.0]
 
     def wait(seconds):
@@ -116,7 +117,7 @@ def test_a_slow_down_shows_in_its_own_row_alone(monkeypatch):
         assert after[key]["median_s"] - before[key]["median_s"] == pytest.approx(added, abs=1e-9)
 
 
-def test_a_wrong_kernel_gets_no_time(monkeypatch, capsys):
+def test_wrong_result_is_not_timed(monkeypatch, capsys):
     def unflipped(images, out=None):
         return reference_transform(images).flip(-1)
 
@@ -132,6 +133,15 @@ def test_a_wrong_kernel_gets_no_time(monkeypatch, capsys):
     assert any(line.startswith("fused ") and "no time" in line for line in out.splitlines())
 
 
+def test_emulated_bfloat16_gets_no_time(monkeypatch):
+    monkeypatch.setattr(bench.cli, "bfloat16_factor", lambda: 25.0)
+    _, rows = run()
+    for name in ("fc bf16", "cnn bf16"):
+        assert rows["tensor", name]["median_s"] is None
+        assert rows["report", name]["note"].endswith("emulated, 25 times slower")
+    assert rows["tensor", "fc"]["median_s"] > 0
+
+
 def test_a_row_that_raises_costs_only_itself(monkeypatch):
     def fail(result):
         raise RuntimeError("no compiler")
@@ -143,7 +153,7 @@ def test_a_row_that_raises_costs_only_itself(monkeypatch):
     assert rows["tensor", "matmul"]["median_s"] > 0
 
 
-def test_a_slow_row_makes_fewer_passes_spread_over_the_run(monkeypatch):
+def test_slow_row_runs_fewer_interleaved_passes(monkeypatch):
     order, now = [], [0.0]
     monkeypatch.setattr(bench, "time", SimpleNamespace(perf_counter=lambda: now[0]))
 
@@ -178,11 +188,11 @@ def test_peers_are_marked_and_missing_ones_listed(monkeypatch):
     monkeypatch.setattr(bench, "PEERS", peers)
     result, rows = run("--peers")
     assert result["not_installed"] == ["missing (cpu)"]
-    assert rows["tensor", "other"]["max_abs_error"] > 0.01  # wrong, and timed all the same
+    assert rows["tensor", "other"]["max_abs_error"] > 0.01  # wrong, but timed
     assert rows["tensor", "other"]["median_s"] > 0
 
 
-def test_it_takes_the_newest_checkpoint_of_the_right_net():
+def test_uses_the_newest_checkpoint_of_each_model():
     for name, model in (("fc", bench.FullyConnected()), ("cnn", bench.ConvNet("fixed"))):
         folder = Path("runs", name)
         folder.mkdir(parents=True)
@@ -203,8 +213,5 @@ def test_it_takes_the_newest_checkpoint_of_the_right_net():
         (["--data", "cifar10", "--data-dir", "/nowhere"], "/nowhere"),
     ],
 )
-def test_a_mistake_costs_one_line(capsys, flags, words):
-    run(*flags, code=2)
-    err = capsys.readouterr().err
-    assert err.count("\n") == 1
-    assert words in err
+def test_invalid_flags_exit_2_with_one_line(capsys, flags, words):
+    assert words in refused(capsys, bench, *FEW, *flags, "--out", "out")

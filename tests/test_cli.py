@@ -1,9 +1,8 @@
-"""What a user's command and environment may do to a training script: folders, flags, streams,
-variables. Nothing that a run has written is lost, and a mistake costs one line."""
+"""The command line of the training scripts: folders, flags, signals, streams and environment
+variables. No result of a run is lost, and an error is one line."""
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -15,33 +14,16 @@ import torch
 import train_cnn
 import train_fc
 from common import cli
-from tests.runs import ROOT, assert_equal_runs, history, interrupt_at, quiet_environment, run_script
-
-SMALL = ["--data", "synthetic", "--dry-run"]
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """A run of one epoch."""
-    out = tmp_path_factory.mktemp("finished")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("WANDB_MODE", "disabled")
-        run_script(train_fc, *SMALL, "--epochs", 1, "--out", out)
-    return out
-
-
-@pytest.fixture
-def copy(finished, tmp_path):
-    return shutil.copytree(finished, tmp_path / "copy")
-
-
-def refused(capsys, *args, script=train_fc):
-    """The one line that is left on stderr."""
-    run_script(script, *args, code=2)
-    err = capsys.readouterr().err
-    assert err.count("\n") == 1, err
-    return err
-
+from tests.runs import (
+    ROOT,
+    SMALL,
+    assert_equal_runs,
+    history,
+    interrupt_at,
+    quiet_environment,
+    refused,
+    run_script,
+)
 
 # --- folders -------------------------------------------------------------------------------------
 
@@ -60,7 +42,7 @@ def refused(capsys, *args, script=train_fc):
         (train_cnn, ["--dry-run"], "runs/cnn-dry-run"),
     ],
 )
-def test_each_variant_has_a_default_folder_of_its_own(script, flags, out, monkeypatch):
+def test_each_variant_has_its_own_default_folder(script, flags, out, monkeypatch):
     class Parsed(Exception):
         pass
 
@@ -73,9 +55,9 @@ def test_each_variant_has_a_default_folder_of_its_own(script, flags, out, monkey
         script.main()
 
 
-def test_a_run_is_replaced_only_with_overwrite(copy, capsys):
+def test_run_is_replaced_only_with_overwrite(copy, capsys):
     before = {path.name: path.read_bytes() for path in copy.iterdir()}
-    err = refused(capsys, *SMALL, "--seed", 1, "--out", copy)
+    err = refused(capsys, train_fc, *SMALL, "--seed", 1, "--out", copy)
     assert f"--seed 1 --out {copy} --resume" in err
     assert "--overwrite" in err
     assert {path.name: path.read_bytes() for path in copy.iterdir()} == before
@@ -83,13 +65,13 @@ def test_a_run_is_replaced_only_with_overwrite(copy, capsys):
     assert torch.load(copy / "last.pt")["args"]["seed"] == 1
 
 
-def test_a_dry_run_in_its_own_folder_may_be_repeated(tmp_path, monkeypatch):
+def test_dry_run_in_its_default_folder_can_be_repeated(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for _ in range(2):
         run_script(train_fc, *SMALL, "--epochs", 0)
 
 
-def test_resume_auto_starts_and_goes_on(tmp_path, monkeypatch):
+def test_resume_auto_starts_and_resumes(tmp_path, monkeypatch):
     flags = [*SMALL, "--epochs", 2, "--resume", "auto", "--out"]
     run_script(train_fc, *flags, tmp_path / "whole")
     with monkeypatch.context() as patch:
@@ -99,7 +81,7 @@ def test_resume_auto_starts_and_goes_on(tmp_path, monkeypatch):
     assert_equal_runs(tmp_path / "whole", tmp_path / "cut")
 
 
-def test_results_of_the_run_before_are_gone_when_another_begins(copy, monkeypatch):
+def test_resume_removes_results_of_the_previous_end(copy, monkeypatch):
     assert (copy / "metrics.json").exists()
     interrupt_at(monkeypatch, 3, signal.SIGTERM)
     flags = [*SMALL, "--epochs", 3, "--out", copy]
@@ -108,37 +90,37 @@ def test_results_of_the_run_before_are_gone_when_another_begins(copy, monkeypatc
 
 
 @pytest.mark.parametrize("fault", ["missing", "of another run"])
-def test_the_best_weights_are_checked_before_a_resumed_run_trains(copy, tmp_path, capsys, fault):
+def test_resume_checks_best_pt_before_training(copy, tmp_path, capsys, fault):
     best = copy / "best.pt"
     if fault == "missing":
         best.unlink()
     else:
         torch.save(torch.load(best) | {"wandb": "00000000"}, best)
     before = (copy / "last.pt").read_bytes()
-    assert fault in refused(capsys, *SMALL, "--epochs", 3, "--out", copy, "--resume")
+    assert fault in refused(capsys, train_fc, *SMALL, "--epochs", 3, "--out", copy, "--resume")
     assert (copy / "last.pt").read_bytes() == before
 
 
-def test_tilde_is_expanded(tmp_path, monkeypatch, capsys):
+def test_tilde_in_paths_is_expanded(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("HOME", str(tmp_path))
     run_script(train_fc, *SMALL, "--epochs", 0, "--out=~/run")
     assert (tmp_path / "run" / "last.pt").exists()
     monkeypatch.setenv("DATA_DIR", "~/sub/data")
-    assert f"{tmp_path}/sub/data" in refused(capsys, "--dry-run", "--out=~/other")
+    assert f"{tmp_path}/sub/data" in refused(capsys, train_fc, "--dry-run", "--out=~/other")
     flags = [*SMALL, "--perceptual", "--vgg-weights=~/vgg.pth", "--out=~/third"]
-    assert f"{tmp_path}/vgg.pth" in refused(capsys, *flags, script=train_cnn)
+    assert f"{tmp_path}/vgg.pth" in refused(capsys, train_cnn, *flags)
 
 
 # --- signals, streams, variables -----------------------------------------------------------------
 
 
-def test_a_lost_terminal_saves_as_sigterm_does(tmp_path, monkeypatch):
+def test_sighup_saves_and_exits(tmp_path, monkeypatch):
     interrupt_at(monkeypatch, 3, signal.SIGHUP)
     run_script(train_fc, *SMALL, "--out", tmp_path, code=128 + signal.SIGHUP)
     assert torch.load(tmp_path / "last.pt")["step"] == 3
 
 
-def test_a_signal_that_nohup_ignores_stays_ignored(tmp_path, monkeypatch):
+def test_ignored_sighup_stays_ignored(tmp_path, monkeypatch):
     handler = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         interrupt_at(monkeypatch, 3, signal.SIGHUP)
@@ -148,8 +130,9 @@ def test_a_signal_that_nohup_ignores_stays_ignored(tmp_path, monkeypatch):
         signal.signal(signal.SIGHUP, handler)
 
 
-def test_a_closed_or_full_stream_costs_no_run(tmp_path):
-    """And nor does the backend of a notebook; all in one process, as each takes seconds."""
+def test_run_completes_with_closed_stdout_and_full_stderr(tmp_path):
+    """Also with the matplotlib backend of a notebook: one subprocess for all, as each takes
+    seconds."""
     environment = quiet_environment(MPLBACKEND="module://matplotlib_inline.backend_inline")
     command = [sys.executable, "train_fc.py", *SMALL, "--epochs", "1", "--out", str(tmp_path)]
     reader, writer = os.pipe()
@@ -162,7 +145,7 @@ def test_a_closed_or_full_stream_costs_no_run(tmp_path):
     assert len(history(tmp_path)) == 1
 
 
-def test_a_stream_that_breaks_is_dropped():
+def test_stream_drops_output_that_cannot_be_written():
     class Broken:
         def write(self, text):
             raise BrokenPipeError
@@ -180,14 +163,19 @@ def test_a_stream_that_breaks_is_dropped():
 
 
 def test_ctrl_c_during_the_imports_prints_no_traceback(tmp_path):
-    """A stand-in for torch sends the signal while it is imported."""
+    """A fake torch module sends the signal during its import."""
     (tmp_path / "torch.py").write_text("import os, time; os.kill(os.getpid(), 2); time.sleep(60)")
-    command = [sys.executable, "train_fc.py"]
+
+    def default_sigint():  # a shell starts a process in the background with it ignored
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
     for script in ("train_fc.py", "train_cnn.py"):
         (tmp_path / script).write_text((ROOT / script).read_text())
         command = [sys.executable, str(tmp_path / script)]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        done = subprocess.run(
+            command, env=environment, capture_output=True, text=True, preexec_fn=default_sigint
+        )
         assert (done.returncode, done.stderr) == (-signal.SIGINT, "")
 
 
@@ -203,18 +191,18 @@ def test_ctrl_c_during_the_imports_prints_no_traceback(tmp_path):
     ],
     ids=str,
 )
-def test_a_rank_without_torchrun_is_refused(tmp_path, capsys, monkeypatch, settings):
+def test_incomplete_torchrun_environment_is_refused(tmp_path, capsys, monkeypatch, settings):
     for name in ("WORLD_SIZE", "LOCAL_RANK", "RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
     for name, value in settings.items():
         monkeypatch.setenv(name, value)
-    assert "torchrun" in refused(capsys, *SMALL, "--out", tmp_path)
+    assert "torchrun" in refused(capsys, train_fc, *SMALL, "--out", tmp_path)
 
 
 # --- numbers -------------------------------------------------------------------------------------
 
 
-def test_the_batch_is_no_larger_than_the_training_images(tmp_path):
+def test_batch_size_is_limited_to_the_training_images(tmp_path):
     run_script(
         train_fc, "--data", "synthetic", "--train-size", 20, "--epochs", 0, "--out", tmp_path
     )
@@ -222,12 +210,14 @@ def test_the_batch_is_no_larger_than_the_training_images(tmp_path):
 
 
 @pytest.mark.parametrize("flag", ["--lr", "--min-delta"])
-def test_a_number_that_is_none_says_so(tmp_path, capsys, flag):
-    assert f"{flag}: nan is not a number" in refused(capsys, flag, "nan", "--out", tmp_path)
+def test_nan_flag_is_refused(tmp_path, capsys, flag):
+    assert f"{flag}: nan is not a number" in refused(
+        capsys, train_fc, flag, "nan", "--out", tmp_path
+    )
 
 
 @pytest.mark.parametrize("factor", [1, 20])
-def test_emulated_bfloat16_is_announced_with_its_factor(tmp_path, capsys, monkeypatch, factor):
+def test_slow_bfloat16_is_reported_with_its_factor(tmp_path, capsys, monkeypatch, factor):
     times = iter([[2.0, 1.0], [2.0 * factor, 1.0 * factor]])
     monkeypatch.setattr(cli.timeit, "repeat", lambda *args, **settings: next(times))
     flags = [*SMALL, "--epochs", 0, "--precision", "bf16", "--out", tmp_path]
@@ -236,5 +226,5 @@ def test_emulated_bfloat16_is_announced_with_its_factor(tmp_path, capsys, monkey
     assert err.count("bf16 is 20 times slower than fp32") == (factor > 1)
 
 
-def test_path_type_keeps_a_plain_path():
+def test_path_type_keeps_relative_paths():
     assert cli.path("a/b") == str(Path("a/b"))

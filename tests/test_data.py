@@ -1,4 +1,4 @@
-"""Splits, batches, synthetic images, and CIFAR-10 as it may lie on disk."""
+"""Splits, batches, synthetic images, and CIFAR-10 on disk: extracted, as an archive, damaged."""
 
 import gzip
 import hashlib
@@ -28,7 +28,7 @@ def load(name="synthetic", root="nowhere", **changes):
 
 @pytest.fixture
 def cifar(tmp_path, monkeypatch):
-    """A folder with a tiny CIFAR-10, 20 images a file, whose md5 torchvision is told to expect."""
+    """A folder with a tiny CIFAR-10 of 20 images per file; torchvision expects its md5."""
     folder = tmp_path / CIFAR10.base_folder
     folder.mkdir()
     rng = np.random.default_rng(0)
@@ -63,7 +63,7 @@ def archive_instead_of_folder(root):
     return archive.rename(root / CIFAR10.filename)
 
 
-def test_a_tenth_is_held_out_by_seed():
+def test_validation_split_is_a_tenth_chosen_by_seed():
     first, again, other = load(), load(), load(seed=1)
     assert (len(first.train.images), len(first.val.images), len(first.test.images)) == (90, 10, 20)
     assert torch.equal(first.train.images, again.train.images)
@@ -72,13 +72,13 @@ def test_a_tenth_is_held_out_by_seed():
     assert len(rows.unique(dim=0)) == 120  # no image is in two splits
 
 
-def test_targets_are_the_reference():
+def test_targets_equal_reference_transform():
     loaded = load()
     for split in (loaded.train, loaded.val, loaded.test):
         assert torch.equal(split.targets, reference_transform(split.images))
 
 
-def test_an_epoch_holds_every_image_once_and_can_start_in_the_middle():
+def test_epoch_has_every_image_once_and_can_start_at_any_batch():
     split = load().train
     whole = list(data.batches(split, 32, seed=0, epoch=1))
     assert [len(images) for images, _ in whole] == [32, 32, 26]
@@ -93,7 +93,7 @@ def test_an_epoch_holds_every_image_once_and_can_start_in_the_middle():
     assert not torch.equal(other[0], whole[0][0])
 
 
-def test_synthetic_images_look_natural_to_a_linear_map():
+def test_synthetic_images_have_natural_second_order_statistics():
     images = data.synthetic(500, seed=3)
     assert torch.equal(images, data.synthetic(500, seed=3))
     assert not torch.equal(images, data.synthetic(500, seed=4))
@@ -103,11 +103,11 @@ def test_synthetic_images_look_natural_to_a_linear_map():
     red, green = (x[:, i].flatten() for i in (0, 1))
     assert torch.corrcoef(torch.stack([red, green]))[0, 1] > 0.8
     spectrum = torch.fft.rfft2(x.mean(1)).abs().mean(0)
-    slope = (spectrum[0, 2] / spectrum[0, 8]).log2() / 2  # two octaves
+    slope = (spectrum[0, 2] / spectrum[0, 8]).log2() / 2  # over two octaves
     assert 0.7 < slope < 1.3
 
 
-def test_auto_takes_what_is_on_disk(cifar, tmp_path_factory, capsys, monkeypatch):
+def test_auto_uses_cifar10_if_on_disk(cifar, tmp_path_factory, capsys, monkeypatch):
     assert load("auto", cifar, test_size=None).name == "cifar10"
     assert capsys.readouterr().err == ""
     monkeypatch.chdir(tmp_path_factory.mktemp("empty"))
@@ -117,7 +117,7 @@ def test_auto_takes_what_is_on_disk(cifar, tmp_path_factory, capsys, monkeypatch
 
 @pytest.mark.parametrize("name", ["auto", "cifar10"])
 @pytest.mark.parametrize("place", ["inside", "beside", "above"])
-def test_a_named_folder_without_cifar10_says_where_it_was_found(cifar, name, place):
+def test_wrong_data_dir_error_names_the_right_folder(cifar, name, place):
     (cifar / "sub").mkdir()
     root = {
         "inside": cifar / CIFAR10.base_folder,
@@ -128,21 +128,21 @@ def test_a_named_folder_without_cifar10_says_where_it_was_found(cifar, name, pla
         load(name, root)
 
 
-def test_a_named_folder_is_never_replaced_by_synthetic_images(tmp_path):
+def test_missing_data_dir_does_not_fall_back_to_synthetic(tmp_path):
     root = tmp_path / "a" / "b" / "nowhere"
     with pytest.raises(UserError, match="no such folder; name the folder"):
         load("auto", root)
     assert load("synthetic", root).name == "synthetic"
 
 
-def test_an_archive_with_another_md5_of_the_right_files_is_read(cifar):
+def test_recompressed_archive_is_read(cifar):
     expected = data.cifar10(cifar, train=False)
     archive = archive_instead_of_folder(cifar)
     archive.write_bytes(gzip.compress(gzip.decompress(archive.read_bytes()), 1))
     assert torch.equal(data.cifar10(cifar, train=False), expected)
 
 
-def test_folder_and_archive_hold_the_same_images(cifar):
+def test_folder_and_archive_give_the_same_images(cifar):
     folder = data.cifar10(cifar, train=True)
     assert folder.shape == (100, 3, 32, 32)
     archive_instead_of_folder(cifar)
@@ -152,7 +152,7 @@ def test_folder_and_archive_hold_the_same_images(cifar):
 @pytest.mark.parametrize("name", ["auto", "cifar10"])
 @pytest.mark.parametrize("damage", ["cut", "altered", "missing"])
 @pytest.mark.parametrize("file", ["data_batch_3", "test_batch", "batches.meta"])
-def test_a_damaged_file_is_named(cifar, name, damage, file):
+def test_damaged_file_is_named(cifar, name, damage, file):
     path = cifar / CIFAR10.base_folder / file
     expected, content = md5(path), path.read_bytes()
     path.unlink()
@@ -165,7 +165,7 @@ def test_a_damaged_file_is_named(cifar, name, damage, file):
     assert damage == "missing" or md5(path) in str(error.value)
 
 
-def test_a_file_that_is_replaced_while_it_is_read_is_noticed(cifar, monkeypatch):
+def test_file_replaced_while_reading_is_detected(cifar, monkeypatch):
     class Replaced(CIFAR10):
         def _check_integrity(self):
             whole = super()._check_integrity()
@@ -180,21 +180,30 @@ def test_a_file_that_is_replaced_while_it_is_read_is_noticed(cifar, monkeypatch)
         load("cifar10", cifar)
 
 
-def test_a_damaged_archive_is_named(cifar):
+def test_damaged_archive_is_named(cifar):
     archive = archive_instead_of_folder(cifar)
     archive.write_bytes(archive.read_bytes()[:-100])
     with pytest.raises(UserError, match=r"cifar-10-python\.tar\.gz is damaged"):
         load("auto", cifar)
 
 
-def test_sizes_beyond_the_data_are_refused(cifar):
+def test_train_size_above_50000_is_refused(cifar):
     with pytest.raises(UserError, match="50000 such images, not 50001"):
         load("cifar10", cifar, train_size=50_001)
 
 
+def test_folder_that_is_a_loop_of_links_is_refused(tmp_path):
+    loop = tmp_path / "a" / "b" / "loop"
+    loop.parent.mkdir(parents=True)
+    loop.symlink_to(loop)
+    for name in ("auto", "cifar10"):
+        with pytest.raises(UserError, match=str(loop)):
+            load(name, loop)
+
+
 @pytest.fixture
 def server(tmp_path_factory):
-    """A web server on this machine; `server.delay` is what it sleeps before each 1,000 bytes."""
+    """A local web server; `server.delay`: seconds to sleep before each 1,000 bytes."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
@@ -205,7 +214,7 @@ def server(tmp_path_factory):
                     time.sleep(web.delay)
                     self.wfile.write(web.content[i : i + 1000])
                     self.wfile.flush()
-            except OSError:  # the client went away, as it should
+            except OSError:  # the client closed the connection, as expected
                 pass
 
         def log_message(self, *args):
@@ -228,7 +237,7 @@ def test_download(cifar, server, tmp_path_factory, monkeypatch):
 
 
 @pytest.mark.parametrize("fault", ["slow", "wrong", "refused", "no folder"])
-def test_a_download_that_fails_says_what_to_do(cifar, server, tmp_path_factory, monkeypatch, fault):
+def test_failed_download_says_what_to_do(cifar, server, tmp_path_factory, monkeypatch, fault):
     content = archive_instead_of_folder(cifar).read_bytes()
     server.content = content[:-1] if fault == "wrong" else content
     server.delay = 0.2 if fault == "slow" else 0
@@ -245,11 +254,11 @@ def test_a_download_that_fails_says_what_to_do(cifar, server, tmp_path_factory, 
         load("cifar10", root)
     for part in (CIFAR10.filename, CIFAR10.tgz_md5, str(root)):
         assert part in str(error.value)
-    assert list(root.iterdir()) == []  # no half of an archive
+    assert list(root.iterdir()) == []  # no partial archive
 
 
 @pytest.mark.skipif("DATA_DIR" not in os.environ, reason="DATA_DIR names no folder with CIFAR-10")
-def test_the_real_one():
+def test_real_cifar10():
     root = Path(os.environ["DATA_DIR"])
     if not data.cifar10_on_disk(root):
         pytest.skip(f"{root} holds no CIFAR-10")

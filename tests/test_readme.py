@@ -1,4 +1,4 @@
-"""README.md: its tables are those of results/; its pictures, flags and commands exist."""
+"""README.md: its tables match results/; its pictures, flags and commands exist."""
 
 import importlib
 import re
@@ -12,19 +12,19 @@ from tests.runs import ROOT
 README = ROOT / "README.md"
 
 
-def test_the_figures_are_those_of_the_results():
+def test_tables_match_the_results():
     readme = README.read_text()
     assert {name for _, name, _ in tables.BLOCK.findall(readme)} == {"speed", "accuracy", "claims"}
     assert readme == tables.drawn(readme), "run: python -m results.tables"
 
 
-def test_the_pictures_are_there():
+def test_pictures_exist():
     pictures = re.findall(r"!\[.*?\]\((.*?)\)", README.read_text())
     assert pictures
     assert all((ROOT / picture).is_file() for picture in pictures)
 
 
-def test_there_are_two_commands_and_each_is_whole():
+def test_two_complete_commands():
     commands = [x for x in README.read_text().splitlines() if x.startswith("python3 -m venv")]
     assert len(commands) == 2
     assert "train_fc.py" in commands[0]
@@ -33,7 +33,7 @@ def test_there_are_two_commands_and_each_is_whole():
 
 
 @pytest.mark.parametrize("script", ["train_fc.py", "train_cnn.py", "bench.py"])
-def test_the_flags_named_exist(script, monkeypatch, capsys):
+def test_flags_exist(script, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [script, "--help"])
     with pytest.raises(SystemExit):
         importlib.import_module(script.removesuffix(".py")).main()

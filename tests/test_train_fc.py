@@ -1,11 +1,10 @@
-"""train_fc.py as a user runs it: its files, its resume, its refusals."""
+"""train_fc.py as a user runs it: output files, resume and errors."""
 
 import json
 import os
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,11 +13,18 @@ import train_fc
 from common import UserError, checkpoints, figures
 from common.early_stopping import EarlyStopping
 from common.models import FullyConnected
-from tests.runs import assert_equal_runs, history, interrupt_at, run_script, same
+from tests.runs import (
+    ROOT,
+    SMALL,
+    assert_equal_runs,
+    history,
+    interrupt_at,
+    refused,
+    run_script,
+    same,
+)
 
-ROOT = Path(__file__).resolve().parent.parent
-SMALL = ["--data", "synthetic", "--dry-run"]
-PINNED = {"best.pt", "last.pt", "history.jsonl", "metrics.json", "loss.png", "samples.png"}
+DOCUMENTED = {"best.pt", "last.pt", "history.jsonl", "metrics.json", "loss.png", "samples.png"}
 
 
 def run(*args, code=0):
@@ -27,25 +33,25 @@ def run(*args, code=0):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A run of two epochs that nothing disturbed, in a process of its own."""
+    """An uninterrupted run of two epochs in a subprocess: its folder and its stdout."""
     out = tmp_path_factory.mktemp("finished")
     command = [sys.executable, str(ROOT / "train_fc.py"), *SMALL, "--out", str(out)]
     environment = {**os.environ, "WANDB_MODE": "disabled"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    assert "it/s" not in done.stderr  # no bar where there is no terminal
+    assert "it/s" not in done.stderr  # no progress bar without a terminal
     return out, done.stdout
 
 
-def test_a_run_leaves_what_design_pins(finished):
+def test_run_writes_documented_files(finished):
     out, text = finished
-    assert {path.name for path in out.iterdir()} == PINNED
+    assert {path.name for path in out.iterdir()} == DOCUMENTED
     lines = [json.loads(line) for line in (out / "history.jsonl").read_text().splitlines()]
     assert [line["epoch"] for line in lines] == [1, 2]
     assert {"epoch", "train_loss", "val_loss", "seconds", "lr"} <= lines[0].keys()
     result = json.loads((out / "metrics.json").read_text())
     sizes = {"train": 288, "val": 32, "test": 320}
     assert result["data"] == {"name": "synthetic", "test_name": "synthetic", **sizes}
-    keys = ["mse", "psnr", "accuracy_0.95", "accuracy_0.99", "min_cosine"]
+    keys = ["mse", "psnr", "accuracy_0.95", "accuracy_0.99", "min_cosine", "max_abs_error"]
     assert all(list(result[column]) == keys for column in ("test", "floor", "ceiling"))
     assert result["script"] == "train_fc.py"
     assert result["epochs"] == 2
@@ -60,35 +66,35 @@ def test_a_run_leaves_what_design_pins(finished):
         assert (out / name).read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_same_seed_gives_the_same_bits(finished, tmp_path):
+def test_same_seed_is_bit_identical(finished, tmp_path):
     run(*SMALL, "--epochs", 2, "--out", tmp_path)
     for name in ("best.pt", "last.pt"):
         first, second = (torch.load(path / name)["model"] for path in (finished[0], tmp_path))
         assert same(first, second)
 
 
-def test_resumed_between_epochs_it_is_the_same_run(finished, tmp_path):
+def test_resume_between_epochs_is_bit_identical(finished, tmp_path):
     run(*SMALL, "--epochs", 1, "--out", tmp_path)
     run(*SMALL, "--epochs", 2, "--out", tmp_path, "--resume")
     assert_equal_runs(tmp_path, finished[0])
 
 
-# nine steps are an epoch
+# an epoch has nine steps
 @pytest.mark.parametrize(
     ("number", "step"), [(signal.SIGINT, 1), (signal.SIGTERM, 9), (signal.SIGINT, 13)]
 )
-def test_interrupted_in_an_epoch_and_resumed_it_is_the_same_run(
+def test_resume_within_an_epoch_is_bit_identical(
     finished, tmp_path, monkeypatch, capsys, number, step
 ):
     begun = interrupt_at(monkeypatch, step, number)
     run(*SMALL, "--epochs", 2, "--out", tmp_path, code=128 + number)
-    assert len(begun) == step  # the step was finished, and no other begun
+    assert len(begun) == step  # the step was completed and no other started
     assert "--resume" in capsys.readouterr().err
     run(*SMALL, "--epochs", 2, "--out", tmp_path, "--resume")
     assert_equal_runs(tmp_path, finished[0])
 
 
-def test_the_best_weights_are_kept_although_no_stop_came(tmp_path):
+def test_best_weights_are_kept_without_early_stopping(tmp_path):
     # at this rate the last epoch is not the best one
     run(*SMALL, "--epochs", 6, "--lr", 0.05, "--out", tmp_path)
     losses = [line["val_loss"] for line in history(tmp_path)]
@@ -107,15 +113,15 @@ def test_early_stopping_ends_the_run(tmp_path):
     result = json.loads((tmp_path / "metrics.json").read_text())
     assert (result["epochs"], result["stopped_early"]) == (3, True)
     run(*flags, "--resume")
-    assert len(history(tmp_path)) == 3  # stopped stays stopped
+    assert len(history(tmp_path)) == 3  # a stopped run does not continue
 
 
-def test_closed_form_needs_no_epoch(tmp_path):
+def test_closed_form_without_training(tmp_path):
     run(*SMALL, "--init", "closed-form", "--epochs", 0, "--out", tmp_path)
     result = json.loads((tmp_path / "metrics.json").read_text())
     assert result["epochs"] == 0
     assert result["test"]["accuracy_0.95"] > result["floor"]["accuracy_0.95"] + 0.2
-    assert {path.name for path in tmp_path.iterdir()} == PINNED - {"loss.png"}
+    assert {path.name for path in tmp_path.iterdir()} == DOCUMENTED - {"loss.png"}
 
 
 def test_offline_wandb_logs(tmp_path):
@@ -141,15 +147,7 @@ def test_wandb_never_ends_a_run(tmp_path, monkeypatch, capsys, fault):
     monkeypatch.setitem(sys.modules, "wandb", None if fault == "missing" else Broken)
     run(*SMALL, "--epochs", 1, "--wandb", "offline", "--out", tmp_path)
     assert capsys.readouterr().err.count("wandb is off") == 1
-    assert {path.name for path in tmp_path.iterdir()} == PINNED
-
-
-def refused(capsys, *args):
-    """The one line that is left on stderr."""
-    run(*args, code=2)
-    err = capsys.readouterr().err
-    assert err.count("\n") == 1, err
-    return err
+    assert {path.name for path in tmp_path.iterdir()} == DOCUMENTED
 
 
 @pytest.mark.parametrize(
@@ -173,26 +171,26 @@ def refused(capsys, *args):
         (["--no-such-flag"], "--no-such-flag"),
     ],
 )
-def test_a_mistake_costs_one_line_and_nothing_else(capsys, tmp_path, flags, words):
-    err = refused(capsys, *SMALL, "--out", tmp_path, *flags)
+def test_invalid_flags_exit_2_with_one_line(capsys, tmp_path, flags, words):
+    err = refused(capsys, train_fc, *SMALL, "--out", tmp_path, *flags)
     assert words in err
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_cuda_without_a_device_is_refused(capsys, tmp_path):
-    err = refused(capsys, *SMALL, "--device", "cuda", "--out", tmp_path)
+    err = refused(capsys, train_fc, *SMALL, "--device", "cuda", "--out", tmp_path)
     assert "--device cpu" in err
 
 
-def test_an_unwritable_out_is_refused(capsys, tmp_path):
+def test_unwritable_out_is_refused(capsys, tmp_path):
     (tmp_path / "file").touch()
-    err = refused(capsys, *SMALL, "--out", tmp_path / "file" / "run")
+    err = refused(capsys, train_fc, *SMALL, "--out", tmp_path / "file" / "run")
     assert "--out" in err
 
 
 @pytest.mark.parametrize("fault", ["cut", "other model", "not a checkpoint", "other seed"])
-def test_a_checkpoint_that_does_not_fit_is_refused_and_kept(capsys, finished, tmp_path, fault):
+def test_resume_refuses_and_keeps_other_checkpoints(capsys, finished, tmp_path, fault):
     last = tmp_path / "last.pt"
     content = (finished[0] / "last.pt").read_bytes()
     last.write_bytes(content[: len(content) // 2] if fault == "cut" else content)
@@ -202,27 +200,25 @@ def test_a_checkpoint_that_does_not_fit_is_refused_and_kept(capsys, finished, tm
         torch.save([1, 2], last)
     seed = ["--seed", "1"] if fault == "other seed" else []
     before = last.read_bytes()
-    err = refused(capsys, *SMALL, "--epochs", 2, "--out", tmp_path, "--resume", *seed)
+    err = refused(capsys, train_fc, *SMALL, "--epochs", 2, "--out", tmp_path, "--resume", *seed)
     assert ("--seed 0" if fault == "other seed" else str(last)) in err
     assert [path.name for path in tmp_path.iterdir()] == ["last.pt"]
     assert last.read_bytes() == before
 
 
-def test_a_loss_that_stops_being_finite_keeps_the_last_good_checkpoint(
-    monkeypatch, capsys, finished, tmp_path
-):
+def test_diverged_run_keeps_the_last_finite_checkpoint(monkeypatch, capsys, finished, tmp_path):
     for name in ("last.pt", "best.pt"):
         (tmp_path / name).write_bytes((finished[0] / name).read_bytes())
     monkeypatch.setattr(
         torch.nn.functional, "mse_loss", lambda *args, **kw: args[0].sum() * torch.nan
     )
-    err = refused(capsys, *SMALL, "--epochs", 4, "--out", tmp_path, "--resume")
+    err = refused(capsys, train_fc, *SMALL, "--epochs", 4, "--out", tmp_path, "--resume")
     assert "no longer finite" in err
     for name in ("last.pt", "best.pt"):
         assert (tmp_path / name).read_bytes() == (finished[0] / name).read_bytes()
 
 
-def test_a_write_that_fails_leaves_the_old_file(tmp_path):
+def test_failed_write_keeps_the_old_file(tmp_path):
     path = tmp_path / "last.pt"
     path.write_bytes(b"old")
 
@@ -235,7 +231,7 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path):
     assert [(each.name, each.read_bytes()) for each in tmp_path.iterdir()] == [("last.pt", b"old")]
 
 
-def test_the_loss_curve_marks_the_kept_epoch_and_the_stop(tmp_path, monkeypatch):
+def test_loss_curve_marks_best_epoch_and_early_stop(tmp_path, monkeypatch):
     shown = []
     monkeypatch.setattr(figures, "_save", lambda figure, path: shown.append(figure))
     stopping = EarlyStopping(patience=1)

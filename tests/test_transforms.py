@@ -1,12 +1,12 @@
-"""The plain-torch twin against torchvision."""
+"""The plain torch version of the chain against torchvision."""
 
 import pytest
 import torch
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
-from torchvision.transforms.v2 import functional as F
 
 from common.transforms import matmul_transform, reference_transform
+from tests.runs import torchvision_chain
 
 SIZES = [  # (H, W) -> size
     ((32, 32), (28, 28)),
@@ -20,14 +20,6 @@ SIZES = [  # (H, W) -> size
 ]
 
 
-def torchvision_chain(images, size, hflip=True, vflip=True):
-    if images.dtype == torch.uint8:
-        images = F.to_dtype(images, torch.float32, scale=True)
-    out = F.rgb_to_grayscale(F.resize(images, list(size), antialias=True))
-    out = F.horizontal_flip(out) if hflip else out
-    return F.vertical_flip(out) if vflip else out
-
-
 @pytest.mark.parametrize(("shape", "size"), SIZES)
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32, torch.float64])
 def test_matmul_equals_torchvision(shape, size, dtype):
@@ -36,7 +28,7 @@ def test_matmul_equals_torchvision(shape, size, dtype):
     expected = torchvision_chain(images, size)
     actual = matmul_transform(images, size)
     assert actual.dtype == expected.dtype
-    # the resampling weights of the two agree to rounding, which grows with the distance from 0
+    # the resampling weights agree up to rounding, which grows with the pixel coordinate
     tolerance = 1e-12 if dtype == torch.float64 else 1e-6
     torch.testing.assert_close(actual, expected, atol=tolerance, rtol=0)
 
@@ -52,19 +44,19 @@ def test_matmul_equals_torchvision_at_random_sizes(seed):
     torch.testing.assert_close(actual, expected, atol=1e-6, rtol=0)
 
 
-def test_reference_is_the_chain_of_the_report():
+def test_reference_transform_is_the_report_chain():
     images = torch.randint(0, 256, (5, 3, 32, 32), dtype=torch.uint8)
     out = reference_transform(images)
     assert out.shape == (5, 1, 28, 28)
     assert out.dtype == torch.float32
     torch.testing.assert_close(out, torchvision_chain(images, (28, 28)), atol=0, rtol=0)
-    # a bright top left corner of the input ends in the bottom right corner of the output
+    # both flips: the top left corner of the input is the bottom right corner of the output
     corner = torch.zeros(3, 32, 32)
     corner[:, 0, 0] = 1
     assert reference_transform(corner).flatten().argmax() == 28 * 28 - 1
 
 
-def test_a_matrix_of_one_mode_serves_no_other():
+def test_cached_matrix_is_independent_of_mode():
     """A matrix made under inference_mode or with fake tensors, then training on that size."""
     shape = 2, 3, 23, 19
     with torch.inference_mode():
@@ -99,7 +91,7 @@ def test_derivatives_and_symbolic_sizes():
     each = torch.vmap(torch.func.grad(lambda x: chain(x).square().sum()))(images)
     whole = torch.func.grad(lambda x: chain(x).square().sum())(images)
     torch.testing.assert_close(each, whole, atol=1e-5, rtol=1e-5)
-    # its graph, by the tracer with symbolic sizes (compiling takes seconds)
+    # traced with symbolic sizes, without compiling, which takes seconds
     graph = make_fx(chain, tracing_mode="symbolic")(images)
     other = torch.rand(3, 3, 12, 17)
     torch.testing.assert_close(graph(other), chain(other), atol=1e-6, rtol=0)

@@ -1,4 +1,4 @@
-"""The fused operator, self-contained: `pip install .` installs this package as `fused_transform`."""
+"""The fused operator, self-contained: `pip install .` installs it as `fused_transform`."""
 
 from ._ops import load_if_built
 from .bands import Bands, stack

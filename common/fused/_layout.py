@@ -19,7 +19,9 @@ def aside(function, *arguments):
         torch._C._are_functorch_transforms_active()
         or torch._C._len_torch_dispatch_stack()
         or torch._C._len_torch_function_stack()
+        or torch._C._get_tracing_state() is not None
         or torch.is_autocast_enabled("cpu")
+        or torch.jit.is_tracing()
     ):
         with torch.inference_mode(False), torch.no_grad():
             return function(*arguments)
@@ -104,9 +106,8 @@ class Plan:
     def __init__(self, rows: Bands, columns: Bands, wide: bool, device: torch.device) -> None:
         self.bands, self.wide, self.device = (rows, columns), wide, device
         self.tables = packed(rows, wide, device), packed(columns, wide, device)
-        self.sizes = sizes_tensor(
-            rows.size, columns.size, rows.first.shape[1], columns.first.shape[1]
-        )
+        self.numbers = rows.size, columns.size, rows.first.shape[1], columns.first.shape[1]
+        self.sizes = sizes_tensor(*self.numbers)
 
     def transposed(self) -> tuple[Tensor, Tensor]:
         return tuple(packed(adjoint(bands), self.wide, self.device) for bands in self.bands)

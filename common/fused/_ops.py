@@ -19,7 +19,7 @@ def load() -> None:
 
 
 def load_if_built() -> None:
-    """At import: a program that was exported needs the operators. What fails is said at first use."""
+    """At import: an exported program needs the operators. What fails is reported at first use."""
     path = _build.built_library()
     if path is not None:
         try:

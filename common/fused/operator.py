@@ -2,15 +2,15 @@
 the CPU and on CUDA; its derivatives; and the chain of the study on top of it."""
 
 from math import inf
+from operator import index
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 
-from . import _build, _ops
+from . import _checks, _ops
 from ._layout import Plan, chain_plan, sizes_tensor
-from ._layout import aside as _aside
-from ._ops import FLOATS
 from .bands import CPU, Bands
 
 SIZE = (28, 28)
@@ -38,8 +38,8 @@ def separable_map(
     """out[n, k] = clamp(sum over c of mix[k, c] * (rows @ images[n, c] @ columns^T) + bias[k]).
 
     images: (..., C, H, W), uint8, float16, bfloat16, float32 or float64, with any strides; none are
-    copied. rows, columns: bands from H to the result's height, from W to its width. mix: (C_out, C);
-    a 0 is no term, so that a NaN does not spread through it. bias: (C_out,), or what `affine`
+    copied. rows, columns: bands from H to the result's height and from W to its width. mix:
+    (C_out, C); a 0 is no term, so no NaN spreads through it. bias: (C_out,), or what `affine`
     returned, which saves a small image its cost. row_index, column_index: (N,) int64, which variant
     each image of an (N, C, H, W) batch takes; bool for two variants. low, high: numbers, or one for
     each channel of the result. dtype: the result's; by default float32 for uint8, else that of the
@@ -106,7 +106,7 @@ def fused_transform(
             known = _known.get((images.shape, images.dtype, images.device, size, hflip, vflip))
         except (TypeError, AttributeError, RuntimeError):
             known = None  # something is wrong
-        if known is not None and _is_plain(images):
+        if known is not None and images.layout == torch.strided and _is_plain(images):
             if out is None:
                 return _ops.forward(images, *known)
             if isinstance(out, Tensor) and not out.requires_grad:
@@ -114,16 +114,17 @@ def fused_transform(
                 return out
     try:
         height, width = size
-        h, w = map(int, images.shape[-2:])
+        h, w = images.shape[-2:]
+        h, w = index(h), index(w)  # under torch.compile a dynamic size becomes a constant
     except (TypeError, ValueError, AttributeError, RuntimeError):
-        raise _fault(images, size) from None
+        raise _checks.fault(images, size) from None
     if not (out is None or isinstance(out, Tensor)):
-        raise _fault(None, size)
+        raise _checks.fault(None, size)
     hmask = vmask = None
     if hflip is not True and hflip is not False:
-        hflip, hmask = None, _mask("hflip", hflip, images)
+        hflip, hmask = None, _checks.mask("hflip", hflip, images)
     if vflip is not True and vflip is not False:
-        vflip, vmask = None, _mask("vflip", vflip, images)
+        vflip, vmask = None, _checks.mask("vflip", vflip, images)
     dtype = images.dtype
     mix = _MIXES[dtype == torch.uint8]
     plan = h, w, height, width, hflip, vflip, dtype == torch.float64, images.device
@@ -166,46 +167,6 @@ def _result_type(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype == torch.uint8 else dtype
 
 
-def _mask(name: str, flip, images: Tensor) -> Tensor:
-    if not isinstance(flip, Tensor) or flip.dtype != torch.bool:
-        what = flip.dtype if isinstance(flip, Tensor) else repr(flip)
-        raise TypeError(f"fused_transform: {name} must be a bool or a bool tensor, not {what}")
-    if images.dim() != 4 or flip.shape != images.shape[:1]:
-        raise ValueError(
-            f"fused_transform: {name} of shape {tuple(flip.shape)} must hold one flag for each image "
-            f"of an (N, 3, H, W) batch, which is {tuple(images.shape)}"
-        )
-    if flip.device != images.device:
-        raise ValueError(f"fused_transform: {name} must be on the device of the images")
-    return flip
-
-
-def _fault(images, size) -> Exception:
-    """What is wrong with these two."""
-    if not isinstance(images, Tensor):
-        return TypeError("fused_transform: images and out must be tensors")
-    try:
-        _, _ = size
-    except (TypeError, ValueError):
-        return TypeError(f"fused_transform: size must be (height, width), not {size!r}")
-    return _no_kernel(images) or ValueError(
-        f"fused_transform: images must be (..., 3, H, W), not {tuple(images.shape)}"
-    )
-
-
-def _no_kernel(images: Tensor) -> RuntimeError | None:
-    """Why there is no kernel for images of this kind."""
-    for kind, found in (("nested", images.is_nested), ("quantized", images.is_quantized)):
-        if found:
-            return RuntimeError(f"fused_transform: no kernel for {kind} images")
-    if images.layout != torch.strided:
-        return RuntimeError(f"fused_transform: no kernel for {images.layout} images")
-    if images.device.type != "cpu":
-        more = f". Build it: FORCE_CUDA=1 {_build.COMMAND}" if images.is_cuda else ""
-        return RuntimeError(f"fused_transform: no kernel for images on {images.device}{more}")
-    return None
-
-
 def _is_plain(images: Tensor) -> bool:
     """Whether nothing but the kernel has to hear of a call on these images: no derivative, no
     transform of functorch, no trace. Asked in each call, so in private names, which cost less."""
@@ -215,6 +176,7 @@ def _is_plain(images: Tensor) -> bool:
         or forward_ad._current_level >= 0
         or torch._C._len_torch_dispatch_stack()
         or torch._C._get_tracing_state() is not None
+        or images.is_meta
     )
 
 
@@ -224,15 +186,15 @@ def _apply(images, plan, mix, affine, row_index, column_index, dtype, out) -> Te
     options = affine, row_index, column_index, dtype
     try:
         if out is not None:
-            _check_out(images, out)
+            _checks.check_out(images, out)
             _ops.forward_out(images, *plan.tables, mix, plan.sizes, *options, out)
             return out
         if _is_plain(images):
             return _ops.forward(images, *plan.tables, mix, plan.sizes, *options)
         tables = *plan.tables, *plan.transposed()
-        return _apply_recorded(images, tables, mix, plan.sizes.tolist(), *options)
+        return _apply_recorded(images, tables, mix, plan.numbers, *options)
     except NotImplementedError as error:
-        raise _no_kernel(images) or error from error
+        raise _checks.no_kernel(images) or error from error
 
 
 def _apply_recorded(images, tables, mix, sizes, affine, row_index, column_index, dtype) -> Tensor:
@@ -243,6 +205,10 @@ def _apply_recorded(images, tables, mix, sizes, affine, row_index, column_index,
     if affine is not None and dtype.is_floating_point and bool(affine[:, 1:].isfinite().any()):
         low_high = affine[:, 1:].to(images.device, dtype).T[..., None, None]
         affine = torch.cat([affine[:, :1], affine.new_tensor([[-inf, inf]]).expand(len(mix), 2)], 1)
+    if isinstance(images, FakeTensor) and not images.fake_mode.allow_non_fake_inputs:
+        tables = [images.fake_mode.from_tensor(table) for table in tables]
+        mix = images.fake_mode.from_tensor(mix)
+        affine = None if affine is None else images.fake_mode.from_tensor(affine)
     traced = torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active()
     apply = torch.ops.fused_transform.differentiable.default if traced else _ops.Map.apply
     out = apply(images, *tables, mix, affine, row_index, column_index, *sizes, dtype)
@@ -254,7 +220,7 @@ def _traced(images, tables, sizes, mix, affine, row_index, column_index, dtype, 
     options = affine, row_index, column_index, dtype
     if out is None:
         return _apply_recorded(images, tables, mix, sizes, *options)
-    _check_out(images, out)
+    _checks.check_out(images, out)
     table = _sizes_table(*sizes)
     op = torch.ops.fused_transform.separable_map_out.default
     op(images, *tables[:2], mix, table, *options, out)
@@ -279,12 +245,3 @@ def _map_tables(rows: Bands, columns: Bands, wide: bool, device) -> tuple[Tensor
     _ops.load()
     plan = Plan(rows, columns, wide, device)
     return *plan.tables, *plan.transposed()
-
-
-def _check_out(images: Tensor, out: Tensor) -> None:
-    if (
-        (torch.is_grad_enabled() and (images.requires_grad or out.requires_grad))
-        or torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
-    ):
-        raise RuntimeError("fused_transform: out= records no gradient; use torch.no_grad()")

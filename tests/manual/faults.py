@@ -25,18 +25,19 @@ import train_cnn
 import train_fc
 from common import UserError, checkpoints, cli, data, figures
 from common.transforms import fused_transform, matmul_transform
-from tests.runs import ROOT, assert_equal_runs, quiet_environment
+from tests.runs import ROOT, SMALL, assert_equal_runs, quiet_environment
 
-SMALL = ["--data", "synthetic", "--dry-run", "--epochs", "6"]
+SIX = [*SMALL, "--epochs", "6"]
 RANDOM = ["--perceptual", "--vgg-weights", "random", "--vgg-size", "32"]
 RUNS = {
-    "fc": ["train_fc", *SMALL],
-    "cnn mse": ["train_cnn", *SMALL, "--train-size", "150", "--batch-size", "16"],
-    "cnn perceptual": ["train_cnn", *SMALL, "--train-size", "40", "--batch-size", "8", *RANDOM],
+    "fc": ["train_fc", *SIX],
+    "cnn mse": ["train_cnn", *SIX, "--train-size", "150", "--batch-size", "16"],
+    "cnn perceptual": ["train_cnn", *SIX, "--train-size", "40", "--batch-size", "8", *RANDOM],
 }
 
 
-# Saves within the epoch give a kill more to hit; "ready" tells imports from what can be hit.
+# Frequent saves within the epoch give more states to kill in. A kill comes after "ready", which is
+# printed when the imports are done.
 START = """
 import sys, {0}
 from common import cli, run
@@ -48,7 +49,7 @@ cli.run({0}.main)
 
 
 def kill(times: int) -> None:
-    """Each run is killed `times` times on its way to its end, which must be that of a whole one."""
+    """Kills each run `times` times. Its result must equal that of an uninterrupted run."""
     numbers = random.Random(0)
     for name, (script, *flags) in RUNS.items():
         for precision in ("fp32", "bf16"):
@@ -59,13 +60,13 @@ def kill(times: int) -> None:
 
 
 def kill_one(code: list[str], folder: Path, times: int, numbers: random.Random) -> dict[str, int]:
-    """Where the kills hit, and how often the run came to its end, equal each time."""
+    """Counts where the kills hit and how often the run completed, each time with equal results."""
     whole, cut = folder / "whole", folder / "cut"
 
     def start(out: Path) -> subprocess.Popen:
-        go_on = ["--resume"] if (out / "last.pt").exists() else []
+        resume = ["--resume"] if (out / "last.pt").exists() else []
         process = subprocess.Popen(
-            [sys.executable, "-c", *code, "--out", str(out), *go_on],
+            [sys.executable, "-c", *code, "--out", str(out), *resume],
             cwd=ROOT, env=quiet_environment(), stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
         assert process.stdout.readline() in ("ready\n", ""), "not ready"
@@ -86,7 +87,7 @@ def kill_one(code: list[str], folder: Path, times: int, numbers: random.Random) 
             state = torch.load(cut / "last.pt") if (cut / "last.pt").exists() else {}
             where = "in an epoch" if state.get("step") else "between epochs" if state else "unsaved"
             counts[where] += 1
-            counts["half a file"] += bool(list(cut.glob(".*")))
+            counts["temporary file"] += bool(list(cut.glob(".*")))
         else:
             assert process.returncode == 0
             assert_equal_runs(whole, cut)
@@ -98,8 +99,8 @@ def kill_one(code: list[str], folder: Path, times: int, numbers: random.Random) 
 
 
 def fuzz(seconds: float) -> None:
-    """Anything but a result, one line with exit code 2, or the error that is promised, is a
-    crash, and ends this script with its traceback."""
+    """Accepts a result, one line with exit code 2, or a documented exception. Anything else is a
+    crash and ends this script with its traceback."""
     figures._save = lambda figure, path: figures.plt.close(figure)  # most of a short run's time
     entries = {entry.__name__: entry for entry in (arguments, checkpoint, operator, images)}
     for entry in (entries[name] for name in sys.argv[3:] or entries):
@@ -118,7 +119,7 @@ INVALID = [
 
 
 def arguments(numbers: random.Random, folder: Path) -> str:
-    """The three scripts' flags; the benchmark ends where it would begin to measure."""
+    """The flags of the three scripts; the benchmark ends before it measures."""
     script = numbers.choice([train_fc, train_cnn, bench])
     flags = ["data", "data-dir", "test-data", "train-size", "epochs", "batch-size", "lr", "seed",
              "patience", "min-delta", "stop-rule", "device", "precision", "out", "resume", "wandb",
@@ -131,10 +132,10 @@ def arguments(numbers: random.Random, folder: Path) -> str:
     base += ["--dry-run", *(["--wandb", "disabled"] if script is not bench else [])]
     sys.argv = [f"{script.__name__}.py", *base, *line]
     bench.report_rows = lambda *args: sys.exit(0)
-    torch.set_grad_enabled(True)  # the benchmark needs none
+    torch.set_grad_enabled(True)  # the benchmark disables gradients
     os.chdir(folder)  # --out may be any name
     os.environ["VGG16_WEIGHTS"] = "random"
-    CIFAR10.url = "http://127.0.0.1:9/"  # nobody listens
+    CIFAR10.url = "http://127.0.0.1:9/"  # nothing listens there
     out, err = (io.TextIOWrapper(io.BytesIO(), errors=how) for how in ("strict", "replace"))
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
@@ -153,7 +154,7 @@ def arguments(numbers: random.Random, folder: Path) -> str:
 
 
 def checkpoint(numbers: random.Random, folder: Path) -> str:
-    """Random bytes, other objects, and a real checkpoint cut, altered or with other content."""
+    """Random bytes, other objects, and a real checkpoint cut, altered or with inserted bytes."""
     path, net = folder / "last.pt", nn.Linear(5, 3)
     whole = {"model": net.state_dict(), "args": {"seed": 0}, "history": [{"epoch": 1}]}
     kind = numbers.choice(["bytes", "object", "cut", "altered", "inserted"])
@@ -183,20 +184,20 @@ def checkpoint(numbers: random.Random, folder: Path) -> str:
     except UserError:
         return "refused"
     assert all(torch.equal(value, net.state_dict()[key]) for key, value in before.items()), kind
-    return "the same"
+    return "loaded unchanged"
 
 
 def operator(numbers: random.Random, folder: Path) -> str:
-    """fused_transform's arguments, one in two of them sound: those must give the twin's result."""
+    """Arguments of fused_transform. Half of the tries are valid and must match matmul_transform."""
     pick = numbers.choice
-    sound = numbers.random() < 0.5
+    valid = numbers.random() < 0.5
     n, sizes = pick([0, 1, 2, 5]), [1, 2, 3, 7, 28, 32, 65]
     shape = [n, 3, pick(sizes), pick(sizes)]
     dtype = pick([torch.uint8, torch.float32, torch.float64, torch.float16, torch.bfloat16])
     flips = [pick([True, False, torch.rand(n) < 0.5]) for _ in "hv"]
     size, out = (pick(sizes), pick(sizes)), None
     things = [None, 1.5, "x", [], (), torch.zeros(2), 2**40, -(2**70), object(), True, 0, -1]
-    if not sound:
+    if not valid:
         shape = pick([shape, [pick([0, 1, 3, 4, 9]) for _ in range(pick([0, 1, 2, 3, 4, 5]))]])
         dtype = pick([dtype, torch.int64, torch.bool, torch.complex64, torch.int8])
         flips = [pick([flip, pick(things), torch.rand(3) < 0.5, torch.zeros(n)]) for flip in flips]
@@ -207,18 +208,18 @@ def operator(numbers: random.Random, folder: Path) -> str:
     if images.dim() > 1 and numbers.random() < 0.3:
         images = images.transpose(-1, -2).contiguous().transpose(-1, -2)
         images = images[..., :: pick([1, 2])]
-    if not sound and numbers.random() < 0.2:
+    if not valid and numbers.random() < 0.2:
         images = pick([*things, images.to("meta"), images.to_sparse(), images.tolist()])
     try:
         result = fused_transform(images, size, hflip=flips[0], vflip=flips[1], out=out)
     except (RuntimeError, TypeError, ValueError) as error:
-        if sound:
+        if valid:
             raise AssertionError(f"{shape} {dtype} {size} {flips}") from error
         return "refused"
     except BaseException:
         print(images, size, flips, out)
         raise
-    if not sound:
+    if not valid:
         return "ran"
     expected = matmul_transform(images.double(), size, hflip=False, vflip=False)
     for flip, dim in zip(flips, (3, 2), strict=True):
@@ -228,11 +229,11 @@ def operator(numbers: random.Random, folder: Path) -> str:
     error = (result.double() * scale - expected).abs().max().item() if n else 0
     limit = {torch.float16: 0.2, torch.bfloat16: 1.1}.get(dtype, 1e-3)
     assert error < limit, (error, shape, dtype, size, flips)
-    return "right"
+    return "correct"
 
 
 def images(numbers: random.Random, folder: Path) -> str:
-    """CIFAR-10's folder, archive and the loader's arguments."""
+    """CIFAR-10 on disk, as folder or archive, and the arguments of the loader."""
     root = folder / str(numbers.random())
     root.mkdir()
     names = [name for name, _ in (*CIFAR10.train_list, *CIFAR10.test_list)] + ["batches.meta"]
