@@ -1,4 +1,4 @@
-"""The figures: the loss over the epochs, a grid of samples, the benchmark's two charts."""
+"""The figures of a training run: the loss over the epochs, a grid of samples."""
 
 import os
 from pathlib import Path
@@ -16,7 +16,7 @@ os.environ["MPLBACKEND"] = "agg"
 from matplotlib import pyplot as plt
 
 
-def _save(figure: Any, path: Path) -> None:
+def save(figure: Any, path: Path) -> None:
     write(path, lambda file: figure.savefig(file, dpi=120, format="png"))
     plt.close(figure)
 
@@ -40,7 +40,7 @@ def loss_curve(
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.3, which="both")
     axes.legend()
-    _save(figure, path)
+    save(figure, path)
 
 
 def samples(path: Path, test: Split, outputs: dict[str, Tensor], title: str) -> None:
@@ -80,62 +80,4 @@ def samples(path: Path, test: Split, outputs: dict[str, Tensor], title: str) -> 
     for axis, text in zip(axes[0], titles, strict=True):
         axis.set_title(text, fontsize=9)
     figure.suptitle(title, fontsize=10)
-    _save(figure, path)
-
-
-def bench_bars(
-    path: Path, rows: list[dict[str, Any]], report: dict[tuple[str, str], float], title: str
-) -> None:
-    """One bar per row, microseconds per image on a log scale, one panel per device and protocol.
-    report: (device, row) -> the report's seconds for 10,000 images, shown as hollow bars."""
-    panels: dict[tuple, list] = {}
-    for row in rows:
-        if row["median_s"]:
-            label = f"{row['name']}, {row['batch']} a batch"
-            bar = (label, row["us_per_image"], "peer" if row["peer"] else "here")
-            panels.setdefault((row["device"], row["protocol"]), []).append(bar)
-    for (device, name), value in report.items():
-        if (device, "report") in panels:
-            panels[device, "report"].append((f"{name}, by the report", 100 * value, "report"))
-    colors = {"here": "tab:blue", "peer": "tab:orange", "report": "white"}
-    heights = [len(bars) + 2 for bars in panels.values()]
-    figure, axes = plt.subplots(
-        len(panels), figsize=(9, 0.22 * sum(heights) + 0.8), height_ratios=heights,
-        layout="constrained", squeeze=False, sharex=True,
-    )  # fmt: skip
-    for axis, (key, bars) in zip(axes[:, 0], panels.items(), strict=True):
-        bars.sort(key=lambda bar: bar[1], reverse=True)
-        labels, values, kinds = zip(*bars, strict=True)
-        axis.barh(labels, values, color=[colors[kind] for kind in kinds], edgecolor="black", lw=0.5)
-        for y, value in enumerate(values):
-            axis.text(value, y, f" {value:.3g}", va="center", fontsize=7)
-        axis.set_title(f"{key[0]}, protocol {key[1]}", fontsize=9)
-        axis.set_xscale("log")
-        axis.tick_params(labelsize=7)
-        axis.grid(alpha=0.3, axis="x", which="both")
-        axis.margins(y=0.01)
-    values = [value for bars in panels.values() for _, value, _ in bars]
-    axes[-1, 0].set_xlim(min(values) / 2, 3 * max(values))  # of all panels, with room for labels
-    axes[-1, 0].set_xlabel("microseconds per image (median)")
-    figure.suptitle(title, fontsize=8)
-    _save(figure, path)
-
-
-def bench_growth(path: Path, growth: list[dict[str, Any]], title: str) -> None:
-    """Time per batch against batch size, both axes logarithmic, one panel per device."""
-    devices = sorted({row["device"] for row in growth})
-    figure, axes = plt.subplots(
-        1, len(devices), figsize=(7.5 * len(devices), 5), layout="constrained", squeeze=False
-    )
-    for axis, device in zip(axes[0], devices, strict=True):
-        mine = [row for row in growth if row["device"] == device]
-        for i, name in enumerate(dict.fromkeys(row["name"] for row in mine)):
-            points = [(row["batch"], 1e6 * row["median_s"]) for row in mine if row["name"] == name]
-            style = ("-", "--", ":")[i % 3]
-            axis.plot(*zip(*points, strict=True), style, marker=".", label=name)
-        axis.set(xscale="log", yscale="log", xlabel="images per batch", title=device)
-        axis.set_ylabel("microseconds per batch (median)")
-        axis.grid(alpha=0.3, which="both")
-        axis.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
-    figure.suptitle(title, fontsize=8)
-    _save(figure, path)
+    save(figure, path)

@@ -1,17 +1,37 @@
-"""The chain in other libraries, each in its fastest usual form. All are optional:
-`pip install -r requirements-peers.txt` installs those that exist for this machine."""
+"""How other libraries would do the chain's work, each as its users write it. All are optional:
+`pip install -r requirements-peers.txt` brings those that this machine can have."""
 
 from collections.abc import Callable
+from importlib.metadata import version
+from typing import NamedTuple
 
+import PIL
 import torch
 from torch import Tensor
 
 SIZE = (28, 28)
 
-# A peer takes uint8 images (N, 3, H, W), a batch size and a device, raises ImportError if it is not
-# installed, and returns the items of one pass and the step that turns an item into a result,
-# (B, 1, 28, 28) or (28, 28), float in [0, 1] or uint8. The chain is linear, so the peers that take
-# single images convert to gray first.
+
+class Peer(NamedTuple):
+    """make: see below. package: its distribution. single: one image at a time. chains: of the
+    photographs; draws_itself: it cannot be given the random crops."""
+
+    make: Callable
+    package: str
+    dtype: str = "uint8"
+    devices: tuple[str, ...] = ("cpu",)
+    single: bool = True
+    chains: tuple[str, ...] = ("eval", "train")
+    draws_itself: bool = False
+
+    def version(self) -> str:
+        return f"{self.package} {version(self.package)}"
+
+
+# A peer takes uint8 images (N, 3, H, W), a batch size and a device, raises ImportError where it
+# is not installed, and returns what one pass is made of: the items of a pass and the step that
+# turns an item into a result, (B, 1, 28, 28) or (28, 28), float in [0, 1] or uint8. Those for
+# single images do as much of the work as they can on one channel: the chain is linear.
 Pass = tuple[list, Callable]
 
 
@@ -36,6 +56,34 @@ def pillow(images: Tensor, batch: int, device: torch.device) -> Pass:
         return np.asarray(gray.transpose(Image.Transpose.ROTATE_180))
 
     return list(images.permute(0, 2, 3, 1).contiguous().numpy()), step
+
+
+def kornia_rs(images: Tensor, batch: int, device: torch.device) -> Pass:
+    """kornia-rs on uint8 images, one by one; its bilinear filter is not antialiased."""
+    from kornia_rs import imgproc
+
+    def step(image):
+        small = imgproc.resize(image, SIZE, "bilinear")
+        return imgproc.gray_from_rgb(imgproc.vertical_flip(imgproc.horizontal_flip(small)))
+
+    return list(images.permute(0, 2, 3, 1).contiguous().numpy()), step
+
+
+def albumentations(images: Tensor, batch: int, device: torch.device) -> Pass:
+    """AlbumentationsX on uint8 images, one by one, with OpenCV's INTER_AREA."""
+    import albumentations as A
+    import cv2
+
+    chain = A.Compose(
+        [
+            A.ToGray(num_output_channels=1, p=1),
+            A.Resize(*SIZE, interpolation=cv2.INTER_AREA),
+            A.HorizontalFlip(p=1),
+            A.VerticalFlip(p=1),
+        ]
+    )
+    arrays = list(images.permute(0, 2, 3, 1).contiguous().numpy())
+    return arrays, lambda image: chain(image=image)["image"]
 
 
 def kornia(images: Tensor, batch: int, device: torch.device) -> Pass:
@@ -105,12 +153,17 @@ def cvcuda(images: Tensor, batch: int, device: torch.device) -> Pass:
     return list((images.to(device).float() / 255).split(batch)), step
 
 
-# name: (peer, devices it runs on, one image at a time, dtype)
+# Pillow-SIMD has Pillow's name and place. It may also be installed as "pillow".
+PILLOW = "pillow-simd" if ".post" in PIL.__version__ else "pillow"
+BOTH = ("cpu", "cuda")
+
 PEERS = {
-    "opencv": (opencv, ("cpu",), True, "uint8"),
-    "pillow": (pillow, ("cpu",), True, "uint8"),
-    "kornia": (kornia, ("cpu", "cuda"), False, "float32"),
-    "jax": (jax, ("cpu",), False, "float32"),
-    "dali": (dali, ("cpu", "cuda"), False, "uint8"),
-    "cvcuda": (cvcuda, ("cuda",), False, "float32"),
+    "opencv": Peer(opencv, "opencv-python-headless"),
+    PILLOW: Peer(pillow, PILLOW),
+    "kornia-rs": Peer(kornia_rs, "kornia-rs"),
+    "albumentationsx": Peer(albumentations, "albumentationsx"),
+    "kornia": Peer(kornia, "kornia", "float32", BOTH, single=False),
+    "jax": Peer(jax, "jax", "float32", single=False),
+    "dali": Peer(dali, "nvidia-dali-cuda130", devices=BOTH, single=False),
+    "cvcuda": Peer(cvcuda, "cvcuda-cu13", "float32", ("cuda",), single=False),
 }

@@ -39,6 +39,7 @@ class Case:
     note: str = ""
     skip: str = ""
     bytes_moved: int = 0  # that a pass must read and write
+    shape: tuple[int, ...] = (1, 28, 28)  # of one result
     synchronised: bool = True  # False: the clock does not wait for the GPU's last kernels
 
 
@@ -101,20 +102,29 @@ def check(case: Case, judge: Judge) -> Timing:
         return timing
     timing.once = time.perf_counter() - start
     if case.kind != "part":
-        timing.scores, wrong = judge(case, torch.cat(parts))
+        result = torch.cat([part.reshape(-1, *case.shape) for part in parts])
+        timing.scores, wrong = judge(case, result)
         if wrong:
             timing.failed, timing.note = True, wrong
     return timing
 
 
 def as_tensor(result: Any) -> Tensor:
-    """A copy on the CPU in float32, uint8 scaled to [0, 1], with a batch dimension; the case may
-    write its next result over this one."""
+    """A copy on the CPU in float32, uint8 scaled to [0, 1]; the case may write its next result over
+    this one."""
     if not isinstance(result, Tensor):
         result = torch.tensor(np.asarray(result))
     result = result.cpu().clone()
-    result = result / 255 if result.dtype == torch.uint8 else result.float()
-    return result if result.dim() == 4 else result[None]
+    return result / 255 if result.dtype == torch.uint8 else result.float()
+
+
+def fidelity(levels: Tensor) -> dict[str, float]:
+    """levels: absolute differences in levels of uint8. Equal: within half a level."""
+    return {
+        "equal_share": (levels <= 0.5).double().mean().item(),
+        "mean_levels": levels.double().mean().item(),
+        "max_levels": levels.max().item(),
+    }
 
 
 def seconds(timing: Timing) -> float:
@@ -176,10 +186,13 @@ def summary(timing: Timing) -> dict[str, Any]:
         low, median, high = np.percentile(times, (25, 50, 75)).tolist()
         spread = high - low if len(times) > 2 else None
         values = statistics.mean(times), median, spread, min(times)
-        row |= dict(zip(keys, (*values, case.images / median, 1e6 * median / case.images)))
+        row |= dict(
+            zip(keys, (*values, case.images / median, 1e6 * median / case.images), strict=True)
+        )
         row["noisy"] = None if spread is None else spread > NOISY * median
         row["host_us_per_call"] = 1e6 * statistics.median(timing.host) if timing.host else None
-    row |= dict.fromkeys(("max_abs_error", "accuracy_0.95")) | timing.scores
+    row |= dict.fromkeys(("max_abs_error", "accuracy_0.95"))
+    row |= timing.scores
     row |= {"note": timing.note, "kind": case.kind, "peer": case.kind == "peer"}
     return row | {"bytes_moved": case.bytes_moved or None}
 
@@ -191,7 +204,8 @@ def fastest(rows: list[dict], name: str, like: dict) -> float | None:
         row["us_per_image"]
         for row in rows
         if row["us_per_image"]
-        and (row["name"], row["device"], row["protocol"]) == (name, like["device"], like["protocol"])
+        and (row["name"], row["device"], row["protocol"])
+        == (name, like["device"], like["protocol"])
     ]
     return min(times, default=None)
 

@@ -233,7 +233,7 @@ def test_failed_write_keeps_the_old_file(tmp_path):
 
 def test_loss_curve_marks_best_epoch_and_early_stop(tmp_path, monkeypatch):
     shown = []
-    monkeypatch.setattr(figures, "_save", lambda figure, path: shown.append(figure))
+    monkeypatch.setattr(figures, "save", lambda figure, path: shown.append(figure))
     stopping = EarlyStopping(patience=1)
     losses = [0.3, 0.1, 0.2]
     stops = [stopping.step(loss) for loss in losses]

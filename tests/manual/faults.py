@@ -101,7 +101,7 @@ def kill_one(code: list[str], folder: Path, times: int, numbers: random.Random) 
 def fuzz(seconds: float) -> None:
     """Accepts a result, one line with exit code 2, or a documented exception. Anything else is a
     crash and ends this script with its traceback."""
-    figures._save = lambda figure, path: figures.plt.close(figure)  # most of a short run's time
+    figures.save = lambda figure, path: figures.plt.close(figure)  # most of a short run's time
     entries = {entry.__name__: entry for entry in (arguments, checkpoint, operator, images)}
     for entry in (entries[name] for name in sys.argv[3:] or entries):
         numbers, counts, end = random.Random(1), Counter(), time.monotonic() + seconds
@@ -131,7 +131,7 @@ def arguments(numbers: random.Random, folder: Path) -> str:
     base = ["--data", "synthetic", "--data-dir", str(folder), "--out", str(folder / "run")]
     base += ["--dry-run", *(["--wandb", "disabled"] if script is not bench else [])]
     sys.argv = [f"{script.__name__}.py", *base, *line]
-    bench.report_rows = lambda *args: sys.exit(0)
+    bench.methods = lambda *args: sys.exit(0)
     torch.set_grad_enabled(True)  # the benchmark disables gradients
     os.chdir(folder)  # --out may be any name
     os.environ["VGG16_WEIGHTS"] = "random"

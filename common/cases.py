@@ -1,0 +1,189 @@
+"""bench.py's methods as cases: which batches of which images each of them is timed on."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, TensorDataset
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as F
+
+from common import data, metrics
+from common.peers import PEERS
+from common.timing import SEQUENTIAL, Case, check, fidelity, measure, probe, reason, summary
+from common.transforms import fused_transform
+
+TOLERANCE = 1e-5  # of a row that computes the chain itself, in float32
+EMULATED = 2  # times slower than float32: the processor has no units for bfloat16
+PROBED = 8  # images that a method is probed with
+PASS_S = 2  # of protocol `tensor`; beyond it a pass takes fewer images
+PASS_LIMIT_S = 60  # of protocol `report`; beyond it the row is skipped
+SWEEP = [2**k for k in range(13)]  # batch sizes: 1 to 4,096
+SWEEP_RUNS, SWEEP_BUDGET_S = 9, 0.3
+
+
+@dataclass
+class Method:
+    """A way to process a batch. kind: as of a `Case`. bytes_moved: of an image, what it must read
+    and write. largest: the largest batch. sweep: timed from one image a batch on, too. cost and
+    skip are `assess`'s: seconds an image, and the reason why it is not timed."""
+
+    name: str
+    source: Tensor
+    step: Callable[[Tensor], Tensor]
+    kind: str = "chain"
+    note: str = ""
+    dtype: str = "float32"
+    bytes_moved: int = 4 * (3 * 32 * 32 + 28 * 28)
+    largest: int = 10_000
+    sweep: bool = False
+    compiles: bool = False
+    cost: float = 0.0
+    skip: str = ""
+
+
+def assess(method: Method, table: list[Method], args: Any) -> None:
+    """Calls a method on a few images and sets its cost, or `skip` where it fails or is emulated:
+    then none of its rows is tried."""
+    size = args.batch_size if method.compiles else PROBED
+    few = method.source[: min(size, method.largest)]
+    try:
+        first, later = probe(method.step, few)
+    except Exception as error:  # a method's failure costs its own rows
+        method.skip = reason(error)
+        return
+    method.cost = later / len(few)
+    if method.compiles:
+        method.note = f"torch.compile: {first:.2g} s for the first graph, one for each shape"
+    if method.dtype == "bfloat16" and method.source.device.type == "cpu":
+        single = next(m for m in table if f"{m.name} bf16" == method.name)
+        if method.cost > EMULATED * single.cost > 0:
+            method.skip = f"emulated: {1e3 * method.cost:.2g} ms for one image, "
+            method.skip += f"{1e3 * single.cost:.2g} ms in float32"
+
+
+def report_cases(images: Tensor, device: torch.device, table: list[Method]) -> Iterator[Case]:
+    """The report's protocol on one device: the chain first, then the nets, with other methods in
+    the loader's batches beside them. On a GPU each twice: as the report's clock stopped, which did
+    not wait for the last kernels, and waiting for them."""
+    x = data.to_float(images)
+    here = x.to(device)
+
+    def one_by_one() -> Iterator[Tensor]:
+        chain = v2.Compose([v2.Resize((28, 28), antialias=True), v2.Grayscale(), F.hflip, F.vflip])
+        for image in here:
+            yield chain(image)
+
+    def through_loader(step: Callable) -> Callable[[], Iterator]:
+        def run() -> Iterator[Tensor]:
+            for (batch,) in DataLoader(TensorDataset(x), batch_size=100):
+                yield step(batch.to(device))
+
+        return run
+
+    mine = [method for method in table if method.source.device.type == device.type]
+    mine.sort(key=lambda method: method.name != SEQUENTIAL)
+    for method in mine:
+        name, note, batch = method.name, method.note, min(100, len(x))
+        run = through_loader(method.step)
+        if name == SEQUENTIAL:
+            run, batch = one_by_one, 1
+        elif name == "copy":
+            run, note = through_loader(lambda batch: batch), "the loader and the copy alone"
+        elif name == "fused":
+            run, note = through_loader(fused_transform), ""
+        elif name in ("fused uint8", "matmul", "matmul compiled", "gemm"):
+            continue  # the loader hides the difference
+        skip, seconds = method.skip, method.cost * len(x)
+        if not skip and seconds > PASS_LIMIT_S:
+            skip = f"skipped: one pass would take {seconds:.0f} s"
+        for waits in [True, False] if device.type == "cuda" else [True]:
+            yield Case(
+                name, device.type, "report", method.dtype, batch, len(x), run, method.kind,
+                note if waits else f"{note} (the last kernels are not waited for)".strip(),
+                skip, synchronised=waits,
+            )  # fmt: skip
+
+
+def tensor_cases(method: Method, args: Any) -> Iterator[Case]:
+    """The rows of protocol `tensor`. A slow method takes some of the images only."""
+    sizes = {args.batch_size} | (set() if args.dry_run else {1000, args.images})
+    for size in sorted({min(size, method.largest, args.images) for size in sizes}):
+        count = len(method.source)
+        if method.cost * count > PASS_S:
+            count = min(count, max(1, int(PASS_S / method.cost) // size) * size)
+        yield batches(method, method.source[:count], size)
+
+
+def batches(method: Method, source: Tensor, size: int) -> Case:
+    """A case of protocol `tensor`: `source` in batches of `size`."""
+
+    def run() -> Iterator[Tensor]:
+        for batch in source.split(size):
+            yield method.step(batch)
+
+    return Case(
+        method.name, source.device.type, "tensor", method.dtype, size, len(source), run,
+        method.kind, method.note, method.skip, method.bytes_moved * len(source),
+    )  # fmt: skip
+
+
+def sweep(table: list[Method], args: Any) -> list[dict]:
+    """Rows of one batch of each size, as long as one takes no more than PASS_S."""
+    timings = []
+    for method in table:
+        for size in [1, 16] if args.dry_run else SWEEP:
+            if not method.sweep or method.skip or size > args.images:
+                continue
+            if method.cost * size > PASS_S or (method.name == SEQUENTIAL and size > 1):
+                continue
+            count = min(16, args.images) if method.name == SEQUENTIAL else size  # steadier than 1
+            case = batches(method, method.source[:count], size)
+            timings.append(check(case, lambda case, result: ({}, "")))
+    timings = [timing for timing in timings if not timing.failed]
+    measure(timings, min(args.runs, SWEEP_RUNS), SWEEP_BUDGET_S)
+    rows = [summary(timing) for timing in timings]
+    for row in rows:
+        row["median_s"] *= row["batch"] / row["images"]  # of one batch
+    keys = ("name", "device", "batch", "runs", "median_s", "us_per_image")
+    return [{key: row[key] for key in keys} for row in rows]
+
+
+def peer_cases(images: Tensor, devices: list, batch: int) -> tuple[list[Case], list[str]]:
+    """The cases of the peers that are installed, and the names of those that are not."""
+    cases, absent = [], []
+    for device in devices:
+        for name, peer in PEERS.items():
+            if device.type not in peer.devices:
+                continue
+            for size in [1] if peer.single else sorted({batch, min(1000, len(images))}):
+                try:
+                    items, step = peer.make(images, size, device)
+                except ImportError:
+                    absent.append(f"{name} ({device.type})")
+                    break
+                except Exception as error:  # a foreign library may raise anything
+                    absent.append(f"{name} ({device.type}): {reason(error)}")
+                    break
+                run = lambda items=items, step=step: map(step, items)  # noqa: E731
+                head = name, device.type, "tensor", peer.dtype, size, len(images)
+                cases.append(Case(*head, run, "peer", peer.version()))
+    return cases, absent
+
+
+def against(reference: Tensor) -> Callable:
+    """A judge that compares with the ground truth of the same images."""
+
+    def judge(case: Case, result: Tensor) -> tuple[dict[str, float], str]:
+        target = reference[: len(result)]
+        error = (result - target).abs()
+        scores = {"max_abs_error": error.max().item()}
+        scores["accuracy_0.95"] = metrics.accuracy(result, target, 0.95)
+        if case.kind == "peer":
+            scores |= fidelity(255 * error)
+        wrong = case.kind == "chain" and not scores["max_abs_error"] <= TOLERANCE
+        return scores, f"wrong: off by {scores['max_abs_error']:.2g}" if wrong else ""
+
+    return judge
