@@ -60,7 +60,7 @@ def label(row: dict) -> str:
 
 
 def color(row: dict) -> str:
-    if row["peer"] or row["note"].endswith("not compared."):
+    if row["peer"] or row["note"].endswith("not compared"):
         return PEER
     return TORCHVISION if row["name"].startswith("torchvision") else HERE
 
@@ -79,10 +79,11 @@ def draw(path: Path, panels: dict, kinds: dict, title: str, unit: str, heading: 
         axis.barh(positions, [bar[1] for bar in panel], color=colors, edgecolor="black", lw=0.5)
         axis.set_yticks(positions, [bar[0] for bar in panel])
         for y, (_, value, _, *beside) in enumerate(panel):
-            text = "  ".join([f" {value:.3g}", *beside])
+            text = "  ".join([f" {value:.4g}", *beside])
             axis.text(value, y, text, va="center", fontsize=7)
         axis.set_title(f"{device}, {heading.format(name)}", fontsize=9)
         axis.set_xscale("log")
+        axis.xaxis.set_major_formatter("{x:g}")
         axis.tick_params(labelsize=7)
         axis.grid(alpha=0.3, axis="x", which="both")
         axis.set_axisbelow(True)
@@ -90,7 +91,7 @@ def draw(path: Path, panels: dict, kinds: dict, title: str, unit: str, heading: 
     values = [bar[1] for panel in panels.values() for bar in panel]
     if values:  # one scale for all panels, with room for the text
         longest = max(len("".join(bar[3:])) for panel in panels.values() for bar in panel)
-        axes[-1, 0].set_xlim(min(values) / 2, max(values) * (4 if longest == 0 else 25))
+        axes[-1, 0].set_xlim(min(values) / 2, max(values) * (4 if longest == 0 else 10))
     axes[-1, 0].set_xlabel(unit, fontsize=8)
     patches = [Patch(fc=fill, ec="black", lw=0.5, label=text) for fill, text in kinds.items()]
     figure.legend(handles=patches, loc="outside lower center", ncols=len(patches), fontsize=7)
@@ -121,8 +122,9 @@ def growth(path: Path, rows: list[dict], crossovers: list[dict], title: str) -> 
                 axis.plot(batch, value, mark, ms=8, mfc="none", mec="black")
         for name, mark in MARKS.items():
             axis.plot([], [], mark, mfc="none", mec="black", label=f"from here faster than {name}")
-        axis.set(xscale="log", yscale="log", title=device)
+        axis.set(yscale="log", title=device)
         axis.set_xscale("log", base=2)
+        axis.xaxis.set_major_formatter("{x:.0f}")
         axis.set_xlabel("images in a batch")
         axis.set_ylabel("microseconds per image (median)")
         axis.grid(alpha=0.3)

@@ -92,9 +92,10 @@ def kornia_rs(images: Tensor, draws: list[Draw | None], device: torch.device) ->
     """kornia-rs: crops, then its one fused pass, which is bilinear without antialias."""
     from kornia_rs import imgproc, pipeline
 
-    height, width = images.shape[-2:]
-    side = round(SIDE * min(height, width) / SHORT)  # of the middle crop, before it is resized
-    centre = Draw((height - side) // 2, (width - side) // 2, side, side, False)
+    scale = min(images.shape[-2:]) / SHORT
+    _, _, top, left = middle(*images.shape[-2:])  # of the middle crop, here before it is resized
+    side = round(SIDE * scale)
+    centre = Draw(round(top * scale), round(left * scale), side, side, False)
 
     def step(item):
         image, draw = item
@@ -121,13 +122,14 @@ def albumentations(images: Tensor, draws: list[Draw | None], device: torch.devic
 def kornia(images: Tensor, draws: list[Draw | None], device: torch.device) -> Pass:
     """kornia in one batch of float32; its antialias is a Gaussian blur before the resize."""
     from kornia.enhance import normalize
-    from kornia.geometry.transform import center_crop, resize
+    from kornia.geometry.transform import resize
 
+    _, _, top, left = middle(*images.shape[-2:])
     mean, std = (torch.tensor(each, device=device) for each in (MEAN, STD))
 
     def step(x):
         x = resize(x.float() / 255, SHORT, side="short", antialias=True)
-        return normalize(center_crop(x, (SIDE, SIDE)), mean, std)
+        return normalize(x[..., top : top + SIDE, left : left + SIDE], mean, std)
 
     return [images.to(device)], step
 
@@ -137,6 +139,9 @@ def dali(images: Tensor, draws: list[Draw | None], device: torch.device) -> Pass
     from nvidia.dali import fn, pipeline_def, types
 
     gpu = device.type == "cuda"
+    height, width, top, left = middle(*images.shape[-2:])
+    # by itself it would round the middle's half pixels up, where torchvision rounds to even
+    position = {"crop_pos_y": top / (height - SIDE), "crop_pos_x": left / (width - SIDE)}
 
     @pipeline_def(
         batch_size=len(images),
@@ -146,18 +151,15 @@ def dali(images: Tensor, draws: list[Draw | None], device: torch.device) -> Pass
     def chain():
         x = fn.external_source(name="images", layout="HWC")
         x = x.gpu() if gpu else x
-        size = {"resize_shorter": SHORT}
-        mirror = 0
+        size, mirror = {"resize_shorter": SHORT}, 0
         if draws[0]:
             start, end = (fn.external_source(name=name) for name in ("start", "end"))
             size = {"size": (SIDE, SIDE), "roi_start": start, "roi_end": end}
             mirror = fn.external_source(name="mirror")
         x = fn.resize(x, interp_type=types.INTERP_LINEAR, antialias=True, **size)
-        scaled = ([255 * value for value in each] for each in (MEAN, STD))
-        mean, std = scaled
-        return fn.crop_mirror_normalize(
-            x, crop=(SIDE, SIDE), mean=mean, std=std, mirror=mirror, output_layout="CHW"
-        )
+        mean, std = ([255 * value for value in each] for each in (MEAN, STD))
+        options = {"mean": mean, "std": std, "mirror": mirror, "output_layout": "CHW"}
+        return fn.crop_mirror_normalize(x, crop=(SIDE, SIDE), **position, **options)
 
     pipeline = chain(prefetch_queue_depth=1)
     pipeline.build()

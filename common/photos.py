@@ -2,6 +2,7 @@
 have, and against other libraries, for the chains that ImageNet models are evaluated and trained
 with."""
 
+from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -18,6 +19,7 @@ from common.timing import Case, add_ratios, check, fidelity, measure, reason, su
 
 HEIGHT, WIDTH = 375, 500
 BUDGET_S = 4  # for one row
+WARM = 2000  # images before fuse is timed on random crops: it keeps the weights of a crop's size
 TOLERANCE = 2.05  # levels: torchvision rounds uint8 after each of two passes, in its own way
 # torchvision's fastest form on a CPU, and the reference for the errors
 BASE, PIL_BASE = "torchvision uint8 channels_last", "torchvision PIL"
@@ -56,10 +58,20 @@ def rows(devices: list[torch.device], args: Any) -> tuple[list[dict], list[str]]
             cases, absent = cases + found, absent + missing
         judge = against(reference)
         timings = [check(case, judge) for case in tqdm(cases, name, disable=None, leave=False)]
+        if name == "train" and not args.dry_run:
+            warm_up([case for case in cases if case.name.startswith("fuse")])
         measure([timing for timing in timings if not timing.failed], args.runs, BUDGET_S)
         results += map(summary, timings)
     add_ratios(results, BASE, PIL_BASE)
     return results, list(dict.fromkeys(absent))
+
+
+@torch.inference_mode()
+def warm_up(cases: list[Case]) -> None:
+    """The first epoch's images: what a training sees from then on is the steady state."""
+    for case in cases:
+        for _ in range(WARM // case.images):
+            deque(case.run(), maxlen=0)
 
 
 def draw(image: Tensor) -> Draw:
@@ -124,10 +136,10 @@ def peer_cases(
             absent.append(f"{label} ({device.type}): {reason(error)}")
             continue
         batch = 1 if peer.single else len(images)
-        note = f"{peer.version()}. {peer.make.__doc__.splitlines()[0]}"
+        note = f"{peer.make.__doc__.splitlines()[0]} ({peer.version()})"
         kind = "peer"
         if name == "train" and peer.draws_itself:
-            kind, note = "part", note + " It draws its own crops: not compared."
+            kind, note = "part", f"{note}; draws its own crops: not compared"
         cases.append(case(label, device, name, peer.dtype, batch, items, step, kind, note))
     return cases, absent
 

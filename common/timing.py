@@ -113,7 +113,7 @@ def as_tensor(result: Any) -> Tensor:
     """A copy on the CPU in float32, uint8 scaled to [0, 1]; the case may write its next result over
     this one."""
     if not isinstance(result, Tensor):
-        result = torch.tensor(np.asarray(result))
+        result = torch.from_numpy(np.array(result))
     result = result.cpu().clone()
     return result / 255 if result.dtype == torch.uint8 else result.float()
 

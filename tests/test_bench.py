@@ -1,87 +1,162 @@
 """bench.py as a user runs it, on few images and without torch.compile, which takes seconds."""
 
+import gc
 import json
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from torchvision.transforms import v2
 
 import bench
-from common import figures
+from common import bench_figures, cases, data, photos, report, tables, timing
+from common.models import ConvNet, FullyConnected
+from common.peers import Peer
+from common.timing import BATCHED, SEQUENTIAL, Case, Timing
 from common.transforms import reference_transform
+from tests.manual import compare_bench
 from tests.runs import refused, run_script
 
 FEW = ["--data", "synthetic", "--images", 20, "--batch-size", 10, "--device", "cpu"]
 NAMES = {
     *("torchvision sequential", "torchvision batched", "matmul", "matmul compiled", "gemm"),
-    *("fused", "fused uint8", "copy", "fc", "fc bf16", "cnn", "cnn bf16"),
+    *("fused", "fused uint8", "copy", "fc", "fc bf16", "linear", "separable", "cnn", "cnn bf16"),
 }
 DOCUMENTED = {
     *("name", "device", "protocol", "dtype", "batch", "images", "runs", "mean_s", "median_s"),
-    *("iqr_s", "min_s", "images_per_s", "speedup", "max_abs_error", "accuracy_0.95", "note"),
+    *("iqr_s", "min_s", "images_per_s", "speedup", "share_of_copy", "max_abs_error"),
+    *("accuracy_0.95", "note"),
 }
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch, tmp_path):
     """A short benchmark in a folder without checkpoints."""
+    real = photos.photographs
     monkeypatch.setattr(torch, "compile", lambda function, **settings: function)
-    monkeypatch.setattr(bench, "GROWTH", (1, 10))
-    monkeypatch.setattr(bench, "GROWTH_BUDGET_S", 0)
-    monkeypatch.setattr(bench, "LEAST_RUNS", 1)
-    monkeypatch.setattr(bench.cli, "bfloat16_factor", lambda: 1.0)
-    for chart in ("bench_bars", "bench_growth"):
-        monkeypatch.setattr(figures, chart, lambda path, *args: path.touch())
+    monkeypatch.setattr(cases, "SWEEP", [1, 2, 16])
+    monkeypatch.setattr(cases, "EMULATED", 1e9)
+    monkeypatch.setattr(cases, "PASS_S", 1e9)
+    for module, name in ((cases, "SWEEP_BUDGET_S"), (photos, "BUDGET_S"), (photos, "WARM")):
+        monkeypatch.setattr(module, name, 0)
+    monkeypatch.setattr(photos, "photographs", lambda count: real(2))
+    for chart in ("bars", "growth", "chains"):
+        monkeypatch.setattr(bench_figures, chart, lambda path, *args: path.touch())
+    monkeypatch.setattr(gc, "collect", lambda: None)  # a fifth of a second among pytest's objects
     monkeypatch.chdir(tmp_path)
-    yield
-    torch.set_grad_enabled(True)
 
 
-def run(*flags, code=0):
-    """Returns the JSON, and its rows by protocol and name (of the larger batch)."""
-    run_script(bench, *FEW, "--runs", 3, *flags, "--out", "out", code=code)
-    if code:
-        return None
+def run(*flags, runs=3):
+    """Returns the JSON, and its rows by protocol and name, of batches of 10 in protocol tensor."""
+    run_script(bench, *FEW, "--runs", runs, *flags, "--out", "out")
     (path,) = Path("out").glob("bench-*.json")
     result = json.loads(path.read_text())
-    return result, {(row["protocol"], row["name"]): row for row in result["rows"]}
+    rows = [r for r in result["rows"] if r["protocol"] == "report" or r["batch"] in (1, 10)]
+    return result, {(row["protocol"], row["name"]): row for row in rows}
 
 
 def test_run_writes_documented_files(capsys):
     result, rows = run()
-    assert {path.suffix for path in Path("out").iterdir()} == {".json", ".md", ".png"}
-    assert {name for protocol, name in rows if protocol == "tensor"} >= NAMES
-    assert {name for protocol, name in rows if protocol == "report"} >= {bench.BASE, "fc", "cnn"}
+    assert sorted(path.suffix for path in Path("out").iterdir()) == [".json", ".md", *[".png"] * 3]
+    assert {name for protocol, name in rows if protocol == "tensor"} == NAMES
+    assert {name for protocol, name in rows if protocol == "report"} >= {SEQUENTIAL, "fc", "cnn"}
     for row in result["rows"]:
         assert row.keys() >= DOCUMENTED
         assert row["runs"] == 3
         assert row["min_s"] <= row["median_s"]
         assert row["images_per_s"] == pytest.approx(20 / row["median_s"])
-    assert rows["tensor", bench.BASE]["speedup"] == 1
+        assert row["batch"] <= row["images"]
     assert rows["tensor", "fused"]["max_abs_error"] < 1e-6
     assert rows["tensor", "fused"]["note"] == "into out="
     assert rows["tensor", "fc"]["note"] == "untrained"
-    assert {row["batch"] for row in result["growth"]} == {1, 10}
-    assert all(len(line) <= 120 for line in capsys.readouterr().out.splitlines()[2:])
+    assert rows["tensor", "copy"]["bytes_moved"] == 20 * 2 * 4 * 3 * 32 * 32
+    assert rows["tensor", "fused uint8"]["bytes_moved"] == 20 * (3 * 32 * 32 + 4 * 28 * 28)
+    assert {row["batch"] for row in result["growth"]} == {1, 2, 16}
+    assert result["standard"] is False
+    assert result["environment"]["instruction_sets"] is not None
+    out = capsys.readouterr().out
+    assert "SHORTER THAN STANDARD" in out
+    assert all(len(line) < 230 for line in out.splitlines())
 
 
-def test_charts(tmp_path, monkeypatch):
-    monkeypatch.undo()  # the real chart functions
-    row = {"name": "fused", "device": "cpu", "protocol": "report", "batch": 10, "us_per_image": 1.0}
-    row |= {"median_s": 1.0, "peer": False}
-    shown = []
-    monkeypatch.setattr(figures, "_save", lambda figure, path: shown.append(figure))
-    failed = row | {"name": "cnn", "median_s": None, "us_per_image": None}
-    quick = row | {"protocol": "tensor", "us_per_image": 0.1}
-    report = {("cpu", "fc"): 0.13, ("cuda", "fc"): 9.0}
-    figures.bench_bars(tmp_path, [row, failed, quick], report, "title")
-    labels = [text.get_text() for text in shown[0].axes[0].get_yticklabels()]
-    assert labels == ["fc, by the report", "fused, 10 a batch"]
-    assert all(axis.get_xscale() == "log" for axis in shown[0].axes)
-    assert all(axis.get_xlim()[0] < 0.1 for axis in shown[0].axes)  # no bar is cut off
-    figures.bench_growth(tmp_path, [row, row | {"batch": 100}], "title")
-    assert len(shown[1].axes[0].lines[0].get_xdata()) == 2
+def test_default_out_is_not_tracked(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["bench.py", "--images", "1"])
+    assert bench.flags().out == Path("runs/bench")
+
+
+def test_speedups_name_one_opponent_for_each_column():
+    _, rows = run()
+    for protocol in ("report", "tensor"):
+        assert rows[protocol, SEQUENTIAL]["speedup_sequential"] == 1
+        for name in ("fused", "fc"):
+            row, base = rows[protocol, name], rows[protocol, SEQUENTIAL]
+            ratio = base["us_per_image"] / row["us_per_image"]
+            assert row["speedup_sequential"] == pytest.approx(ratio)
+    assert rows["report", BATCHED]["speedup"] == 1
+    ratio = rows["report", BATCHED]["us_per_image"] / rows["report", "fc"]["us_per_image"]
+    assert rows["report", "fc"]["speedup"] == pytest.approx(ratio)
+
+
+def test_one_run_has_no_spread(capsys):
+    result, _ = run(runs=1)
+    assert all(row["iqr_s"] is None and row["noisy"] is None for row in result["rows"])
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("fused ")]
+    assert lines
+    assert not any("nan" in line for line in lines)
+
+
+# --- the report's protocol -----------------------------------------------------------------------
+
+
+def report_case(name, images, step=reference_transform, kind="net"):
+    x = data.to_float(images)
+    table = [cases.Method(SEQUENTIAL, x, step), cases.Method(name, x, step, kind)]
+    found = list(cases.report_cases(images, torch.device("cpu"), table))
+    assert [case.name for case in found] == [SEQUENTIAL, name]  # the chain before the net
+    return found
+
+
+def test_report_protocol_builds_its_chain_and_loader_within_the_clock(monkeypatch):
+    built = []
+    for module, name in ((v2, "Compose"), (cases, "DataLoader")):
+        real = getattr(module, name)
+        monkeypatch.setattr(
+            module, name, lambda *args, real=real, **more: (built.append(1), real(*args, **more))[1]
+        )
+    chain, net = report_case("fc", data.synthetic(5, 0))
+    assert not built
+    for case in (chain, net):
+        built.clear()
+        assert torch.equal(
+            torch.cat([result.view(-1, 1, 28, 28) for result in case.run()]),
+            reference_transform(data.to_float(data.synthetic(5, 0))),
+        )
+        assert len(built) == 1
+
+
+def test_report_protocol_draws_no_random_numbers():
+    # RandomHorizontalFlip(p=1) does, for each image; the DataLoader takes one seed
+    chain, _ = report_case("fc", data.synthetic(5, 0))
+    before = torch.get_rng_state()
+    list(chain.run())
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_report_protocol_runs_nets_under_no_grad_behind_a_collection(monkeypatch):
+    events = []
+
+    def step(batch):
+        events.append((torch.is_grad_enabled(), torch.is_inference_mode_enabled(), len(batch)))
+        return batch
+
+    monkeypatch.setattr(gc, "collect", lambda: events.append("collect"))
+    _, net = report_case("fc", data.synthetic(150, 0), step)
+    timing.seconds(Timing(net))
+    assert events == ["collect", (False, False, 100), (False, False, 50)]
+
+
+# --- what is not timed, and why ------------------------------------------------------------------
 
 
 def slower(monkeypatch, name, step):
@@ -98,16 +173,21 @@ def slower(monkeypatch, name, step):
     monkeypatch.setattr(bench, "methods", methods)
 
 
-def test_slowdown_changes_only_its_own_row(monkeypatch):
-    # a fake clock advances by 1 ms per reading, so that load on the machine does not matter
+def fake_clock(monkeypatch):
+    """Advances by 1 ms per reading, so that load on the machine does not matter. Returns a function
+    that advances it."""
     now = [0.0]
 
     def wait(seconds):
         now[0] += seconds
         return now[0]
 
-    clock = SimpleNamespace(perf_counter=lambda: wait(0.001))
-    monkeypatch.setattr(bench, "time", clock)
+    monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: wait(0.001)))
+    return wait
+
+
+def test_slowdown_changes_only_its_own_row(monkeypatch):
+    wait = fake_clock(monkeypatch)
     _, before = run()
     slower(monkeypatch, "matmul", lambda result: (wait(0.005), result)[1])
     _, after = run()
@@ -121,7 +201,8 @@ def test_wrong_result_is_not_timed(monkeypatch, capsys):
     def unflipped(images, out=None):
         return reference_transform(images).flip(-1)
 
-    monkeypatch.setattr(bench, "fused_transform", unflipped)
+    for module in (bench, cases):
+        monkeypatch.setattr(module, "fused_transform", unflipped)
     _, rows = run()
     for protocol in ("report", "tensor"):
         row = rows[protocol, "fused"]
@@ -133,44 +214,124 @@ def test_wrong_result_is_not_timed(monkeypatch, capsys):
     assert any(line.startswith("fused ") and "no time" in line for line in out.splitlines())
 
 
-def test_emulated_bfloat16_gets_no_time(monkeypatch):
-    monkeypatch.setattr(bench.cli, "bfloat16_factor", lambda: 25.0)
+def test_emulated_bfloat16_is_said_and_not_timed(monkeypatch):
+    wait = fake_clock(monkeypatch)
+    monkeypatch.setattr(cases, "EMULATED", 2)
+    slower(monkeypatch, "cnn bf16", lambda result: (wait(0.208), result)[1])
     _, rows = run()
-    for name in ("fc bf16", "cnn bf16"):
-        assert rows["tensor", name]["median_s"] is None
-        assert rows["report", name]["note"].endswith("emulated, 25 times slower")
-    assert rows["tensor", "fc"]["median_s"] > 0
+    for protocol in ("report", "tensor"):
+        row = rows[protocol, "cnn bf16"]
+        assert row["median_s"] is None
+        assert row["note"].startswith("emulated: 26 ms for one image")  # 8 images in 209 ms
+        assert rows[protocol, "cnn"]["median_s"] > 0
+        assert rows[protocol, "fc bf16"]["median_s"] > 0
 
 
-def test_a_row_that_raises_costs_only_itself(monkeypatch):
+def test_failing_method_is_tried_once_and_costs_only_its_own_rows(monkeypatch):
+    calls = []
+
     def fail(result):
+        calls.append(1)
         raise RuntimeError("no compiler")
 
     slower(monkeypatch, "matmul compiled", fail)
-    _, rows = run()
-    assert rows["tensor", "matmul compiled"]["note"] == "failed: RuntimeError: no compiler"
-    assert rows["tensor", "matmul compiled"]["median_s"] is None
+    result, rows = run()
+    failed = [row for row in result["rows"] if row["name"] == "matmul compiled"]
+    assert len(failed) == 2  # batches of 10 and of 20
+    assert {row["note"] for row in failed} == {"failed: RuntimeError: no compiler"}
+    assert {row["median_s"] for row in failed} == {None}
     assert rows["tensor", "matmul"]["median_s"] > 0
+    assert len(calls) == 1
+
+
+def test_row_is_bounded_before_it_starts(monkeypatch):
+    called = []
+    x = torch.zeros(1000, 3, 32, 32)
+
+    def step(batch):
+        called.append(len(batch))
+        return batch
+
+    method = cases.Method("cnn", x, step, "net", cost=0.1)  # 100 s for all images
+    monkeypatch.setattr(cases, "PASS_S", 2)
+    args = SimpleNamespace(batch_size=10, images=1000, dry_run=False)
+    sizes = {case.batch: case.images for case in cases.tensor_cases(method, args)}
+    assert sizes == {10: 20, 1000: 1000}  # fewer images, but whole batches
+    table = [cases.Method(SEQUENTIAL, x, step), method]
+    uint8 = torch.zeros(1000, 3, 32, 32, dtype=torch.uint8)
+    _, net = cases.report_cases(uint8, torch.device("cpu"), table)
+    assert net.skip == "skipped: one pass would take 100 s"
+    assert timing.check(net, None).failed
+    assert not called
 
 
 def test_slow_row_runs_fewer_interleaved_passes(monkeypatch):
     order, now = [], [0.0]
-    monkeypatch.setattr(bench, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: now[0]))
 
-    def row(name, seconds):
+    def pair(name, seconds):
         def step(item):
             order.append(name)
             now[0] += seconds
 
-        return bench.Row(name, "cpu", "tensor", "", 1, 1, [0], step, "part")
+        return Timing(Case(name, "cpu", "tensor", "", 1, 1, lambda: map(step, [0]), "part"))
 
-    slow, fast = row("slow", 0.02), row("fast", 0.002)
-    order.clear()
-    bench.measure([slow, fast], 12, 0.13)
+    slow, fast = pair("slow", 0.02), pair("fast", 0.002)
+    timing.measure([slow, fast], 12, 0.13)
     assert len(slow.times) == slow.runs == 6
     assert len(fast.times) == 12
     turns = [i for i, name in enumerate(order) if name == "slow"]
     assert turns[-1] > len(order) / 2  # not all at the beginning
+
+
+# --- crossovers, chains, peers, nets -------------------------------------------------------------
+
+
+def test_crossover_is_the_batch_from_which_on_the_net_is_faster():
+    def rows(name, times):
+        return [
+            {"name": name, "device": "cpu", "batch": batch, "median_s": seconds}
+            for batch, seconds in times.items()
+        ]
+
+    sweep = rows(SEQUENTIAL, {1: 3.0})  # one image after the other: 3, 6, 12
+    sweep += rows(BATCHED, {1: 3.0, 2: 3.0, 4: 3.0}) + rows("fused", {1: 1.0, 2: 1.0, 4: 1.0})
+    sweep += rows("fc", {1: 5.0, 2: 2.5, 4: 2.9})
+    sweep += rows("cnn", {1: 2.0, 2: 9.0, 4: 9.0})  # faster at 1 only, by a hair and not for good
+    found = {
+        (entry["net"], entry["against"]): entry for entry in timing.crossovers(sweep, ["fc", "cnn"])
+    }
+    batches = {key: entry["from_batch"] for key, entry in found.items()}
+    assert batches == {
+        ("fc", SEQUENTIAL): 2,
+        ("fc", BATCHED): 2,
+        ("fc", "fused"): None,
+        ("cnn", SEQUENTIAL): 4,
+        ("cnn", BATCHED): None,
+        ("cnn", "fused"): None,
+    }
+    assert found["fc", BATCHED]["times_as_fast"] == pytest.approx({1: 0.6, 2: 1.2, 4: 3 / 2.9})
+    assert tables.crossover_cells(found["cnn", BATCHED])[3] == "never up to 4"
+
+
+def test_chains_compare_with_torchvision_before_they_are_timed(monkeypatch):
+    real = photos.fuse
+
+    def halved(chain):
+        fused = real(chain)
+        return lambda images: fused(images) / 2
+
+    result, _ = run()
+    forms = {(row["protocol"], row["name"], row["batch"]) for row in result["chains"]}
+    for kind in ("uint8 channels_last", "uint8 planar", "float"):
+        assert {(name, f"fuse {kind}", n) for name in photos.CHAINS for n in (1, 2)} <= forms
+        assert ("train", f"torchvision {kind}", 2) not in forms  # it would share one crop
+    assert {("eval", "torchvision PIL", 1), ("train", "fuse PIL", 1)} <= forms
+    assert all(row["median_s"] and row["max_levels"] <= 1.01 for row in result["chains"])
+    monkeypatch.setattr(photos, "fuse", halved)
+    result, _ = run()
+    for row in result["chains"]:
+        assert (row["median_s"] is None) == row["name"].startswith("fuse")
 
 
 def test_peers_are_marked_and_missing_ones_listed(monkeypatch):
@@ -178,30 +339,114 @@ def test_peers_are_marked_and_missing_ones_listed(monkeypatch):
         x = images.float() / 255
         return list(x.split(batch)), lambda part: (reference_transform(part) * 0.9).numpy()
 
+    def photo(images, draws, device):
+        """A wrong peer."""
+        return list(images), lambda image: torch.zeros(3, 224, 224)
+
     def missing(images, batch, device):
         raise ImportError
 
-    peers = {
-        "other": (other, ("cpu",), False, "float32"),
-        "missing": (missing, ("cpu",), False, ""),
-    }
-    monkeypatch.setattr(bench, "PEERS", peers)
+    peers = {"other": Peer(other, "torch", single=False), "missing": Peer(missing, "")}
+    monkeypatch.setattr(cases, "PEERS", peers)
+    monkeypatch.setattr(photos, "PHOTO_PEERS", {"photo": Peer(photo, "torch")})
     result, rows = run("--peers")
     assert result["not_installed"] == ["missing (cpu)"]
-    assert rows["tensor", "other"]["max_abs_error"] > 0.01  # wrong, but timed
-    assert rows["tensor", "other"]["median_s"] > 0
+    row = rows["tensor", "other"]
+    assert row["max_abs_error"] > 0.01  # wrong, but timed
+    assert row["median_s"] > 0
+    assert row["peer"]
+    assert 1 < row["mean_levels"] < row["max_levels"] < 26
+    assert row["note"].startswith("torch 2")
+    found = [row for row in result["chains"] if row["name"] == "photo"]
+    assert [row["protocol"] for row in found] == ["eval", "train"]
+    assert all(row["median_s"] > 0 and row["max_levels"] > 50 for row in found)
 
 
 def test_uses_the_newest_checkpoint_of_each_model():
-    for name, model in (("fc", bench.FullyConnected()), ("cnn", bench.ConvNet("fixed"))):
+    for name, model in (("fc", FullyConnected()), ("cnn", ConvNet("fixed"))):
         folder = Path("runs", name)
         folder.mkdir(parents=True)
         flags = {"flip": "fixed"} if name == "cnn" else {}
         torch.save({"model": model.state_dict(), "args": flags}, folder / "best.pt")
-    _, rows = run()
-    assert rows["tensor", "fc"]["note"] == "weights of runs/fc/best.pt"
-    assert rows["report", "cnn"]["note"] == "weights of runs/cnn/best.pt, flip fixed"
-    run("--fc", "runs/cnn/best.pt", code=2)
+    net, note = bench.trained(ConvNet, None)
+    assert (net.flip, net.training) == ("fixed", False)
+    assert note == "weights of runs/cnn/best.pt, flip fixed"
+    assert bench.trained(FullyConnected, None)[1] == "weights of runs/fc/best.pt"
+    assert bench.trained(bench.Separable, None)[1] == "untrained"
+    with pytest.raises(bench.UserError):
+        bench.trained(FullyConnected, "runs/cnn/best.pt")
+
+
+# --- what is left --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("sets", "gpu", "name"),
+    [
+        (["avx2"], False, "amd-epyc-avx2"),
+        (["avx2", "avx512", "avx512-bf16"], False, "amd-epyc-avx512-bf16"),
+        (["avx2", "avx512", "avx512-bf16", "amx"], False, "amd-epyc-amx"),
+        ([], False, "amd-epyc"),
+        (["avx2"], True, "nvidia-h100-80gb"),
+    ],
+)
+def test_results_are_named_by_machine(sets, gpu, name):
+    environment = {"processor": "AMD EPYC", "instruction_sets": sets, "gpu": "NVIDIA H100 80GB"}
+    assert report.machine_name(environment, gpu) == name
+
+
+def test_compare_lists_rows_beyond_their_spread(tmp_path, monkeypatch, capsys):
+    def row(name, seconds, iqr=0.01):
+        keys = {"device": "cpu", "protocol": "tensor", "dtype": "float32", "batch": 100}
+        times = {"median_s": seconds, "us_per_image": seconds, "iqr_s": iqr * seconds}
+        return keys | times | {"name": name, "synchronised": True}
+
+    first = [row("copy", 1.0), row("fused", 2.0), row("fc", 8.0, 0.3), row("cnn", 90.0)]
+    second = [row("copy", 2.0), row("fused", 4.8), row("fc", 17.0, 0.3)]  # half as fast a machine
+    for name, rows in (("a.json", first), ("b.json", second)):
+        Path(name).write_text(json.dumps({"rows": rows}))
+    monkeypatch.setattr("sys.argv", ["compare_bench", "a.json", "b.json"])
+    with pytest.raises(SystemExit) as stopped:
+        compare_bench.main()
+    assert stopped.value.code == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3
+    assert "fused" in lines[0]
+    assert "+20.0%" in lines[0]
+    assert lines[0].endswith("slower")
+    assert lines[1].startswith("only in a.json: cpu tensor cnn")
+    assert lines[2] == "3 rows, 1 beyond 15 %, the largest change 20.0%"
+
+
+def test_charts(tmp_path, monkeypatch):
+    monkeypatch.undo()  # the real chart functions
+    shown = []
+    monkeypatch.setattr(bench_figures, "save", lambda figure, path: shown.append(figure))
+    row = {"name": "fused", "device": "cpu", "protocol": "report", "batch": 10, "us_per_image": 1.0}
+    row |= {"median_s": 1.0, "mean_s": 2.0, "peer": False, "synchronised": True, "note": ""}
+    failed = row | {"name": "cnn", "median_s": None, "us_per_image": None}
+    quick = row | {"protocol": "tensor", "us_per_image": 0.1, "peer": True, "name": "opencv"}
+    reported = {("cpu", "fc"): 0.13, ("cuda", "fc"): 9.0}
+    bench_figures.bars(tmp_path, [row, failed, quick], reported, "title")
+    labels = [text.get_text() for text in shown[0].axes[0].get_yticklabels()]
+    assert labels == ["fc, by the report", "fused, batches of 10"]
+    assert shown[0].axes[0].patches[1].get_width() == 2  # the report's figure is the mean
+    assert all(axis.get_xscale() == "log" for axis in shown[0].axes)
+    assert all(axis.get_xlim()[0] < 0.1 for axis in shown[0].axes)  # no bar is cut off
+    (legend,) = shown[0].legends
+    assert "other libraries" in [text.get_text() for text in legend.get_texts()]
+
+    sweep = [row | {"name": "fc", "batch": n, "us_per_image": 8.0 / n} for n in (1, 4)]
+    crossing = {"device": "cpu", "net": "fc", "against": BATCHED, "from_batch": 4}
+    bench_figures.growth(tmp_path, sweep, [crossing, crossing | {"from_batch": None}], "title")
+    line, mark, *_ = shown[1].axes[0].lines
+    assert list(line.get_xdata()) == [1, 4]
+    assert (list(mark.get_xdata()), list(mark.get_ydata())) == ([4], [2.0])
+
+    photo = row | {"protocol": "eval", "name": "fuse PIL", "batch": 1, "us_per_image": 500.0}
+    photo |= {"speedup": 3.0, "mean_levels": 0.5}
+    bench_figures.chains(tmp_path, [photo], tables.TITLES, "title")
+    assert shown[2].axes[0].texts[0].get_text() == " 0.5  3x, off by 0.5 levels"
 
 
 @pytest.mark.parametrize(
