@@ -11,7 +11,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
 from common import data, metrics
-from common.peers import PEERS
+from common.peers import PEERS, passes
 from common.timing import SEQUENTIAL, Case, check, fidelity, measure, probe, reason, summary
 from common.transforms import fused_transform
 
@@ -156,15 +156,10 @@ def peer_cases(images: Tensor, devices: list, batch: int) -> tuple[list[Case], l
             if device.type not in peer.devices:
                 continue
             for size in [1] if peer.single else sorted({batch, min(1000, len(images))}):
-                try:
-                    items, step = peer.make(images, size, device)
-                except ImportError:
-                    absent.append(f"{name} ({device.type})")
+                made = passes(name, peer, absent, images, size, device)
+                if made is None:
                     break
-                except Exception as error:  # a foreign library may raise anything
-                    absent.append(f"{name} ({device.type}): {reason(error)}")
-                    break
-                run = lambda items=items, step=step: map(step, items)  # noqa: E731
+                run = lambda items=made[0], step=made[1]: map(step, items)  # noqa: E731
                 head = name, device.type, "tensor", peer.dtype, size, len(images)
                 cases.append(Case(*head, run, "peer", peer.version()))
     return cases, absent

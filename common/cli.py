@@ -180,7 +180,10 @@ class Stream:
             action()
         except (OSError, ValueError, AttributeError):
             with suppress(OSError, ValueError, AttributeError):  # for the flush at exit
-                os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+                number = self.stream.fileno()  # first: a stream that is None has none to replace
+                null = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(null, number)
+                os.close(null)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)

@@ -9,6 +9,8 @@ import PIL
 import torch
 from torch import Tensor
 
+from common.timing import reason
+
 SIZE = (28, 28)
 
 
@@ -33,6 +35,19 @@ class Peer(NamedTuple):
 # turns an item into a result, (B, 1, 28, 28) or (28, 28), float in [0, 1] or uint8. Those for
 # single images do as much of the work as they can on one channel: the chain is linear.
 Pass = tuple[list, Callable]
+
+
+def passes(name: str, peer: Peer, absent: list[str], *arguments) -> Pass | None:
+    """What `peer.make` returns for the arguments, of which the device is the last; None where it
+    fails, with its name in `absent`, and with the reason unless it is not installed."""
+    label = f"{name} ({arguments[-1].type})"
+    try:
+        return peer.make(*arguments)
+    except ImportError:
+        absent.append(label)
+    except Exception as error:  # a foreign library may raise anything
+        absent.append(f"{label}: {reason(error)}")
+    return None
 
 
 def opencv(images: Tensor, batch: int, device: torch.device) -> Pass:

@@ -14,8 +14,9 @@ from tqdm import tqdm
 
 from common import data
 from common.fused import fuse
+from common.peers import passes
 from common.photo_peers import MEAN, PHOTO_PEERS, SIDE, STD, Draw
-from common.timing import Case, add_ratios, check, fidelity, measure, reason, summary
+from common.timing import Case, add_ratios, check, fidelity, measure, summary
 
 HEIGHT, WIDTH = 375, 500
 BUDGET_S = 4  # for one row
@@ -127,14 +128,10 @@ def peer_cases(
     for label, peer in PHOTO_PEERS.items():
         if device.type not in peer.devices or name not in peer.chains:
             continue
-        try:
-            items, step = peer.make(images, draws, device)
-        except ImportError:
-            absent.append(f"{label} ({device.type})")
+        made = passes(label, peer, absent, images, draws, device)
+        if made is None:
             continue
-        except Exception as error:  # a foreign library may raise anything
-            absent.append(f"{label} ({device.type}): {reason(error)}")
-            continue
+        items, step = made
         batch = 1 if peer.single else len(images)
         note = f"{peer.make.__doc__.splitlines()[0]} ({peer.version()})"
         kind = "peer"
