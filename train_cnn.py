@@ -8,7 +8,7 @@ a VGG16 perceptual loss.
     python train_cnn.py --perceptual --vgg-size 64 --precision bf16        on a CPU with AMX
     python train_cnn.py --perceptual --compare runs/cnn/best.pt            another CNN beside it
     python train_cnn.py --plain                without the CPU fast path (common/fast_cpu.py)
-    python train_cnn.py --resume               go on after Ctrl-C or a crash
+    python train_cnn.py --resume               continue after Ctrl-C or a crash
 
 Expected on CIFAR-10: behind the fixed flip 99.9 % of the test images at a cosine similarity of
 0.95; with learned flips 31 %, where a constant gray image has 33 % (results/train-cnn-*.json). An

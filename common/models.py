@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from common import fast_cpu
+from common import UserError, fast_cpu
 from common.metrics import principal_directions
 from common.transforms import reference_transform
 
@@ -36,7 +36,7 @@ def closed_form_(model: nn.Module, images: Tensor, targets: Tensor) -> None:
     the chain's matrix, of a Linear to that matrix, of a Separable from the first 16 pairs alone.
 
     images: (N, 3, 32, 32), uint8 in [0, 255] or float in [0, 1]; targets: (N, 1, 28, 28). Raises
-    ValueError where the pairs do not suffice.
+    UserError where the pairs do not suffice.
     """
     if isinstance(model, FullyConnected):
         _fully_connected_closed_form_(model, targets)
@@ -125,19 +125,19 @@ def separable_closed_form_(model: Separable, images: Tensor, targets: Tensor) ->
     From random factors the iteration can rest far from the solution for hundreds of rounds. It
     starts from the largest singular pair of the correlation between targets and images, a matrix
     over (row of target, row of image) and (column of target, column of image), which white images
-    would make the factors themselves. Raises ValueError for fewer than 12 images, for images that
+    would make the factors themselves. Raises UserError for fewer than 12 images, for images that
     are not finite, and where the images do not determine the factors.
     """
     if len(images) < ALS_AT_LEAST:
-        raise ValueError(
-            f"the closed form of Separable needs {ALS_AT_LEAST} images, better {ALS_IMAGES}, "
-            f"not {len(images)}"
+        raise UserError(
+            f"the closed form of Separable needs {ALS_AT_LEAST} training images, better "
+            f"{ALS_IMAGES}, not {len(images)}"
         )
     scale = 255 if images.dtype == torch.uint8 else 1
     x = images[:ALS_IMAGES].to("cpu", torch.float64) / scale
     y = targets[:ALS_IMAGES, 0].to("cpu", torch.float64)
     if not (x.isfinite().all() and y.isfinite().all()):
-        raise ValueError("the closed form of Separable needs finite images")
+        raise UserError("the closed form of Separable needs finite images")
 
     mix = torch.full((3,), 1 / 3, dtype=torch.float64)
     columns = torch.randn(28, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -158,7 +158,7 @@ def separable_closed_form_(model: Separable, images: Tensor, targets: Tensor) ->
         if error >= last:  # it falls until rounding rules
             break
     if not error < 1e-6:
-        raise ValueError(
+        raise UserError(
             f"alternating least squares rests at an error of {error:.1g} on {len(x)} images: "
             f"it needs {ALS_IMAGES} images that differ"
         )
@@ -171,10 +171,10 @@ def separable_closed_form_(model: Separable, images: Tensor, targets: Tensor) ->
 
 
 def _least_squares(inputs: Tensor, outputs: Tensor) -> Tensor:
-    """The X of least |inputs @ X - outputs|. Raises ValueError where there is more than one."""
+    """The X of least |inputs @ X - outputs|. Raises UserError where there is more than one."""
     solution, _, rank, _ = torch.linalg.lstsq(inputs, outputs, driver="gelsy")
     if rank < inputs.shape[1]:
-        raise ValueError("the images do not determine the factors of Separable: are they all gray?")
+        raise UserError("the images do not determine the factors of Separable: are they all gray?")
     return solution
 
 

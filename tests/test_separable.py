@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from common import UserError
 from common.data import synthetic, to_float
 from common.models import (
     ALS_AT_LEAST,
@@ -75,14 +76,14 @@ def test_closed_form_takes_the_first_images_alone():
 
 def test_closed_form_says_how_many_images_it_needs():
     images = synthetic(ALS_AT_LEAST - 1, seed=0)
-    with pytest.raises(ValueError, match=f"needs {ALS_AT_LEAST} images, better {ALS_IMAGES}"):
+    with pytest.raises(UserError, match=f"needs {ALS_AT_LEAST} training images"):
         closed_form_(Separable(), images, reference_transform(images))
 
 
 def refused(images: torch.Tensor, match: str) -> None:
     model, targets = Separable(), reference_transform(images)
     before = nn.utils.parameters_to_vector(model.parameters())
-    with pytest.raises(ValueError, match=match):
+    with pytest.raises(UserError, match=match):
         closed_form_(model, images, targets)
     assert torch.equal(before, nn.utils.parameters_to_vector(model.parameters()))
 

@@ -124,6 +124,49 @@ def test_closed_form_without_training(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == DOCUMENTED - {"loss.png"}
 
 
+@pytest.mark.parametrize("model", ["linear", "separable"])
+def test_every_model_runs_and_resumes(tmp_path, model):
+    flags = [*SMALL, "--model", model]
+    run(*flags, "--epochs", 2, "--out", tmp_path / "whole")
+    for epochs, resume in ((1, []), (2, ["--resume"])):
+        run(*flags, "--epochs", epochs, "--out", tmp_path / "resumed", *resume)
+    assert_equal_runs(tmp_path / "whole", tmp_path / "resumed")
+
+
+@pytest.mark.parametrize("model", ["linear", "separable"])
+def test_closed_form_is_the_chain(tmp_path, model):
+    run(*SMALL, "--model", model, "--init", "closed-form", "--epochs", 0, "--out", tmp_path)
+    result = json.loads((tmp_path / "metrics.json").read_text())
+    assert result["test"]["accuracy_0.99"] == 1
+    assert result["test"]["max_abs_error"] < 1e-5
+
+
+def test_separable_becomes_the_chain_from_random_weights(tmp_path):
+    flags = ["--data", "synthetic", "--train-size", 2000, "--model", "separable"]
+    run(*flags, "--batch-size", 8, "--out", tmp_path)  # 1,350 steps
+    result = json.loads((tmp_path / "metrics.json").read_text())
+    assert result["test"]["mse"] < 1e-10
+
+
+def test_closed_form_says_how_many_images_it_needs(capsys, tmp_path):
+    flags = ["--model", "separable", "--init", "closed-form", "--train-size", "4"]
+    err = refused(capsys, train_fc, "--data", "synthetic", *flags, "--out", tmp_path)
+    assert "needs 12 training images, better 16, not 3" in err
+
+
+def test_checkpoint_of_another_model_is_refused(capsys, finished, tmp_path):
+    (tmp_path / "last.pt").write_bytes((finished[0] / "last.pt").read_bytes())
+    err = refused(capsys, train_fc, *SMALL, "--model", "separable", "--out", tmp_path, "--resume")
+    assert "is of another model than Separable" in err
+
+
+def test_each_model_has_its_own_folder(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    run(*SMALL, "--model", "separable", "--init", "closed-form", "--epochs", 0)
+    out = tmp_path / "runs/fc-separable-closed-form-synthetic-dry-run"
+    assert (out / "metrics.json").exists()
+
+
 def test_offline_wandb_logs(tmp_path):
     pytest.importorskip("wandb")
     run(*SMALL, "--epochs", 1, "--wandb", "offline", "--out", tmp_path)
