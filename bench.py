@@ -126,6 +126,9 @@ def methods(images: Tensor, device: torch.device, nets: dict) -> list[Method]:
         net = copy.deepcopy(net).to(device)
         largest = 1000 if name == "cnn" else len(x)  # its maps of 10,000 images take 10 GB
         table.append(Method(name, x, net, "net", note, largest=largest, sweep=True))
+        if name == "separable":
+            compiled = torch.compile(net, dynamic=False)
+            table.append(Method("separable compiled", x, compiled, "net", note, compiles=True))
         if name in ("fc", "cnn"):
             half = in_bfloat16(net)
             name = f"{name} bf16"

@@ -56,7 +56,8 @@ def assess(method: Method, table: list[Method], args: Any) -> None:
         return
     method.cost = later / len(few)
     if method.compiles:
-        method.note = f"torch.compile: {first:.2g} s for the first graph, one for each shape"
+        compiling = f"torch.compile: {first:.2g} s for the first graph, one for each shape"
+        method.note = "; ".join(filter(None, [method.note, compiling]))
     if method.dtype == "bfloat16" and method.source.device.type == "cpu":
         single = next(m for m in table if f"{m.name} bf16" == method.name)
         if method.cost > EMULATED * single.cost > 0:

@@ -1,33 +1,99 @@
-"""Writes the tables of README.md from the JSON files in results/: `python -m results.tables`. The
-function NAME returns the text between `<!-- NAME: ... -->` and `<!-- end -->`."""
+"""Writes the tables of README.md and results/README.md from the JSON files of one machine.
+
+    python -m results.tables             from results/MACHINE/
+    python -m results.tables FOLDER      first copies what reproduce.sh left in FOLDER there
+
+The function NAME of this file or of results/claims.py returns the text between `<!-- NAME: ... -->`
+and `<!-- end -->`. All files of a machine must name one commit.
+"""
 
 import json
 import re
+import shutil
+import statistics
+import sys
+from functools import cache
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-README, RESULTS = ROOT / "README.md", ROOT / "results"
+from common import UserError, cli, report, tables
+
+RESULTS = Path(__file__).resolve().parent
+README = RESULTS.parent / "README.md"
+MACHINE = "amd-epyc-avx2"  # the folder that the READMEs show
 BLOCK = re.compile(r"(?s)(<!-- (\w+): drawn by python -m results.tables -->\n).*?(<!--)")
 CHAIN, BATCHED = "torchvision sequential", "torchvision batched"
-SPEED = ("fused uint8", "fused", "matmul compiled", "separable", "fc", BATCHED, "cnn")
+SPEED = (
+    "fused uint8",
+    "fused",
+    "matmul compiled",
+    "separable compiled",
+    "fc",
+    BATCHED,
+    CHAIN,
+    "cnn",
+)
+SEEDS = ("fc", *(f"fc-seed{n}" for n in range(1, 5)))
+PICTURES = {"fc": ("loss", "samples"), "cnn": ("samples",), "cnn-fixed-perceptual": ("samples",)}
+
+
+# --- the files ---------------------------------------------------------------------------------
+
+
+def collect(folder: Path) -> None:
+    """Copies the results of one run of reproduce.sh to results/MACHINE/ of the machine they name.
+    Raises UserError for uncommitted code."""
+    ladder = json.loads((folder / "ladder.json").read_text())
+    environment = ladder["environment"] | report.hardware()
+    place = RESULTS / report.machine_name(environment, gpu=environment["gpu"] is not None)
+    shutil.rmtree(place, ignore_errors=True)
+    place.mkdir()
+    for path in sorted(folder.glob("*/metrics.json")):
+        result = json.loads(path.read_text())
+        if not result["environment"]["clean"]:
+            raise UserError(f"{path} comes from code that was not committed")
+        for key in ("data_dir", "vgg_weights"):  # paths of this machine say nothing to others
+            if str(result["args"].get(key)).startswith(("/", "~")):
+                result["args"][key] = f"${'DATA_DIR' if key == 'data_dir' else 'VGG16_WEIGHTS'}"
+        (place / f"train-{path.parent.name}.json").write_text(json.dumps(result, indent=2) + "\n")
+    for name, pictures in PICTURES.items():
+        for picture in pictures:
+            shutil.copy(folder / name / f"{picture}.png", place / f"train-{name}-{picture}.png")
+    for path in [*folder.glob("ladder.*"), *(folder / "bench").glob("bench-*")]:
+        shutil.copy(path, place)
+
+
+@cache
+def load(name: str) -> dict:
+    """The JSON of this name, or of the only one that fits, in the shown machine's folder."""
+    (path,) = (RESULTS / MACHINE).glob(f"{name}.json")
+    return json.loads(path.read_text())
 
 
 def run(name: str) -> dict:
     """The metrics.json of a training run."""
-    return json.loads((RESULTS / f"train-{name}.json").read_text())
+    return load(f"train-{name}")
 
 
 def bench() -> dict:
-    """The benchmark; results/ holds that of one machine."""
-    (path,) = RESULTS.glob("bench-*.json")
-    return json.loads(path.read_text())
+    return load("bench-*")
+
+
+def commit() -> str:
+    """The commit of all files. Raises UserError where there are several."""
+    files = [json.loads(path.read_text()) for path in (RESULTS / MACHINE).glob("*.json")]
+    commits = {each["environment"]["commit"] for each in files}
+    if len(commits) != 1:
+        raise UserError(f"results/{MACHINE} mixes commits: run bash results/reproduce.sh")
+    return commits.pop()[:7]
 
 
 def row(name: str, protocol: str) -> dict:
     """The benchmark's timed row with this name and protocol, at its fastest batch size."""
     rows = [r for r in bench()["rows"] if (r["name"], r["protocol"]) == (name, protocol)]
-    rows = [r for r in rows if r["median_s"]]
-    return min(rows, key=lambda r: r["us_per_image"])
+    return min((r for r in rows if r["median_s"]), key=lambda r: r["us_per_image"])
+
+
+# --- text --------------------------------------------------------------------------------------
 
 
 def share(fraction: float) -> str:
@@ -35,18 +101,17 @@ def share(fraction: float) -> str:
 
 
 def seconds(value: float) -> str:
-    return f"{value:.{4 if value < 0.1 else 3 if value < 10 else 0}f} s"
+    return f"{value:.{2 if value < 10 else 0}f} s"
 
 
-def machine(result: dict) -> str:
-    e = result["environment"]
-    sets = e.get("instruction_sets") or (["AMX"] if e.get("amx") else [])
-    name = " with ".join([e["processor"], *sets[-1:]])
-    return f"{name}, {e['threads']} threads, torch {e['torch']}"
+def micros(value: float | None) -> str:
+    return "" if value is None else f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def commits(*results: dict) -> str:
-    return "commit " + ", ".join(sorted({r["environment"]["commit"][:7] for r in results}))
+def command(result: dict) -> str:
+    """The command of a run as a user gives it: without what reproduce.sh adds."""
+    text = result["environment"]["command"]
+    return re.sub(r" --(data cifar10|out \S+|resume auto|compare \S+|fc \S+|cnn \S+)", "", text)
 
 
 def lines(*rows: list[str]) -> str:
@@ -54,181 +119,120 @@ def lines(*rows: list[str]) -> str:
     return "".join(f"| {' | '.join(cells)} |\n" for cells in (head, ["---"] * len(head), *body))
 
 
+def place() -> str:
+    """Machine, versions and commit, for the line below a table."""
+    e = bench()["environment"]
+    name = f"{e['processor']} ({e['instruction_sets'][-1]})"
+    return f"{name}, {e['threads']} threads, torch {e['torch']}, commit {commit()}"
+
+
 # --- the blocks --------------------------------------------------------------------------------
 
 
 def speed() -> str:
     """Time per image in batches on the device, the fastest first; one denominator."""
-    names = (*SPEED, CHAIN)
-    best = sorted((row(name, "tensor") for name in names), key=lambda r: r["us_per_image"])
     body = []
-    for r in best:
+    for r in sorted((row(name, "tensor") for name in SPEED), key=lambda r: r["us_per_image"]):
         spread = f"{100 * r['iqr_s'] / r['median_s']:.0f} %"
-        known = r["accuracy_0.95"] is not None and r["note"] != "untrained"
-        right = share(r["accuracy_0.95"]) if known else ""
-        micros = r["us_per_image"]
-        time = f"{micros:,.0f}" if micros >= 100 else f"{micros:.3g}"
-        times = f"{r['speedup']:.3g}"
-        body.append([r["name"], str(r["batch"]), time, spread, times, right])
+        time, right = micros(r["us_per_image"]), share(r["accuracy_0.95"])
+        body.append([r["name"], str(r["batch"]), time, spread, f"{r['speedup']:.3g}", right])
     head = ["CPU pipeline", "batch", "us per image", "IQR", f"times as fast as {BATCHED}",
             "cosine >= 0.95"]  # fmt: skip
-    floor = run("fc")["floor"]["accuracy_0.95"]
-    return (
-        lines(head, *body)
-        + f"\nMedians, each at its fastest batch size. A constant image gets {share(floor)}. "
-        + f"{machine(bench())}, {commits(bench())}.\n"
-    )
+    floor = share(run("fc")["floor"]["accuracy_0.95"])
+    note = "Medians, each at its fastest batch size. A constant gray image gets"
+    return f"{lines(head, *body)}\n{note} {floor}. {place()}.\n"
 
 
 def accuracy() -> str:
-    """One row for each training run in results/, between the floor and the ceiling."""
-    runs = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("train-*.json"))]
+    """One row for each training run, between the floor and the ceiling."""
 
     def cells(name: str, score: dict, *rest: str) -> list[str]:
         shares = (share(score[key]) for key in ("accuracy_0.95", "accuracy_0.99"))
-        return [name, *shares, f"{score['psnr']:.2f} dB", *(rest or ("", ""))]
+        psnr = "" if score["psnr"] is None else f"{score['psnr']:.2f} dB"
+        return [name, *shares, psnr, f"{score['max_abs_error']:.2g}", *(rest or ("", "", ""))]
 
-    runs.sort(key=lambda r: r["test"]["mse"], reverse=True)
-    letters = dict(zip(dict.fromkeys(map(machine, runs)), "ABCDEF", strict=False))
+    paths = sorted((RESULTS / MACHINE).glob("train-*.json"))
+    runs = sorted((load(path.stem) for path in paths), key=lambda r: -r["test"]["mse"])
     body = [cells("floor: one constant gray image", run("fc")["floor"])]
     for each in runs:
-        assert each["data"]["test_name"] == "cifar10", "the table is of CIFAR-10"
-        took = f"{each['seconds']:.0f} s, {letters[machine(each)]}" if each["epochs"] else "none"
-        command = f"`{each['environment']['command'].replace(' --data cifar10', '')}`"
-        body.append(cells(command, each["test"], str(each["epochs"]), took))
+        images = f"{each['data']['train']:,}"
+        took = (str(each["epochs"]), images, seconds(each["seconds"])) if each["epochs"] else ()
+        body.append(cells(f"`{command(each)}`", each["test"], *took))
     body.append(cells("ceiling: the best rank-128 affine map", run("fc")["ceiling"]))
-    where = (
-        f"{letter}: {name}, {commits(*(each for each in runs if machine(each) == name))}"
-        for name, letter in letters.items()
-    )
-    return (
-        lines(["", "cosine >= 0.95", ">= 0.99", "PSNR", "epochs", "training"], *body)
-        + f"\n{run('fc')['data']['test']} test images of CIFAR-10. {'; '.join(where)}.\n"
-    )
-
-
-def claims() -> str:
-    """Each claim of the report with the measurement of this project."""
-    fc, window, closed = run("fc"), run("fc-window"), run("fc-closed-form")
-    learned, fixed = run("cnn-learned"), run("cnn-fixed")
-    chain, net, cnn = (row(name, "report") for name in (CHAIN, "fc", "cnn"))
-    slower = f"{cnn['mean_s'] / chain['mean_s']:.2g} times the chain's time"
-    loader, batched = row("copy", "report"), row(BATCHED, "report")
-    fused = row("fused", "report")
-    both = run("cnn-fixed-perceptual-bf16")
-    mse = both["others"]["CNN, MSE"]
-    terms = [f"vgg{layer}" for layer in (2, 7, 14, 21, 28)]
-    distance = {
-        "perceptual": sum(both["test_terms"][term] for term in terms),
-        "mse": sum(mse["terms"][term] for term in terms),
-    }
-    rate = both["epochs"] * both["data"]["train"] / both["seconds"]
-    rows = [
-        (
-            "1: the FC net is over 98 % right at cosine 0.95",
-            "98 %",
-            share(fc["test"]["accuracy_0.95"]),
-            "`python train_fc.py`",
-            f"holds after {seconds(fc['seconds_to_98'])} of training, and says little: a constant "
-            f"gray image gets "
-            f"{share(fc['floor']['accuracy_0.95'])}, the closed form without training "
-            f"{share(closed['test']['accuracy_0.95'])}",
-        ),
-        (
-            "1.3: stop when 10 epochs bring no 0.000001",
-            "",
-            f"epoch {fc['epochs']}, {fc['seconds']:.0f} s, MSE {fc['test']['mse']:.4g}",
-            "`python train_fc.py`",
-            f"holds: keeps epoch {fc['best_epoch']}",
-        ),
-        (
-            "1.3: the variant, 10 epochs ago less the largest since",
-            "",
-            f"epoch {window['epochs']}, {window['seconds']:.0f} s, MSE {window['test']['mse']:.4g}",
-            "`python train_fc.py --stop-rule window`",
-            f"same run, {window['epochs'] - fc['epochs']:+d} epochs; keeps epoch "
-            f"{window['best_epoch']}",
-        ),
-        (
-            "1.4.1: the chain on the CPU",
-            "0.754336 s",
-            seconds(chain["mean_s"]),
-            "`python bench.py`",
-            "image by image: mostly Python and dispatch. In batches of 100 the same chain takes "
-            f"{seconds(batched['mean_s'])}, the loader included",
-        ),
-        (
-            "1.4.1: the FC net on the CPU",
-            "0.13146 s",
-            seconds(net["mean_s"]),
-            "`python bench.py`",
-            f"{chain['mean_s'] / net['mean_s']:.2g} times as fast as the chain image by image, "
-            f"{batched['mean_s'] / net['mean_s']:.2g} times as the chain in the loader's batches; "
-            f"of it {seconds(loader['mean_s'])} are the "
-            f"loader. The fused operator in its place: {seconds(fused['mean_s'])}, and exact",
-        ),
-        (
-            "1.4.1: the FC net on the GPU",
-            "0.139562 s",
-            "not measured",
-            "",
-            "no faster than the report's CPU, which points to the loader and not to the net",
-        ),
-        (
-            "2: the CNN's flips come from the network as a whole",
-            "",
-            f"{share(learned['test']['accuracy_0.95'])}; fixed flip "
-            f"{share(fixed['test']['accuracy_0.95'])}",
-            "`python train_cnn.py`, `--flip fixed`",
-            "cannot hold: an output pixel sees 13 x 13 input pixels. A constant image gets "
-            f"{share(learned['floor']['accuracy_0.95'])}",
-        ),
-        (
-            "2.2.1: the CNN on the CPU",
-            "2.900498 s; perceptual 2.635234 s",
-            seconds(cnn["mean_s"]),
-            "`python bench.py`",
-            f"{slower}; the loss it was trained with changes nothing",
-        ),
-        (
-            "2.2.1: the CNN on the GPU",
-            "0.587102 s; perceptual 0.594008 s",
-            "not measured",
-            "",
-            "",
-        ),
-        (
-            "2: slower than all transforms in sequence on the CPU",
-            "with perceptual loss",
-            slower,
-            "`python bench.py`",
-            "holds on a CPU, with either loss"
-            if cnn["mean_s"] > chain["mean_s"]
-            else "does not hold on this CPU",
-        ),
-        (
-            "2.2.1: 50 minutes an epoch with perceptual loss",
-            "RTX 4070, 224 px",
-            f"{rate:.0f} images/s at {both['args']['vgg_size']} px on {machine(both)}",
-            f"`{both['environment']['command']}`",
-            "not measured on a GPU",
-        ),
-        (
-            "2: the perceptual loss is much stronger",
-            "",
-            f"PSNR {both['test']['psnr']:.2f} dB against {mse['psnr']:.2f} dB with MSE alone; "
-            f"VGG distance {distance['perceptual']:.3g} against {distance['mse']:.3g}",
-            f"`{both['environment']['command']}`",
-            f"cosine 0.95: {share(both['test']['accuracy_0.95'])} against "
-            f"{share(mse['accuracy_0.95'])}, both with the fixed flip",
-        ),
+    head = [
+        "",
+        "cosine >= 0.95",
+        ">= 0.99",
+        "PSNR",
+        "largest error",
+        "epochs",
+        "images",
+        "training",
     ]
-    return lines(["claim", "report", "here", "command", "verdict"], *map(list, rows))
+    return f"{lines(head, *body)}\n{run('fc')['data']['test']:,} test images. {place()}.\n"
 
 
-def drawn(readme: str) -> str:
-    return BLOCK.sub(lambda m: m[1] + globals()[m[2]]() + m[3], readme)
+def seeds() -> str:
+    """The FC net over five seeds."""
+    runs = [run(name) for name in SEEDS]
+    body = []
+    for label, value, form in (
+        ("cosine >= 0.95", lambda r: 100 * r["test"]["accuracy_0.95"], "{:.2f} %"),
+        ("cosine >= 0.99", lambda r: 100 * r["test"]["accuracy_0.99"], "{:.2f} %"),
+        ("epochs", lambda r: r["epochs"], "{:.1f}"),
+        ("seconds to 98 % of the validation images", lambda r: r["seconds_to_98"], "{:.2f} s"),
+        ("seconds", lambda r: r["seconds"], "{:.0f} s"),
+    ):
+        values = [value(r) for r in runs]
+        if None in values:  # a run may not reach 98 %
+            continue
+        spread = statistics.mean(values), statistics.stdev(values), min(values), max(values)
+        body.append([label, *(form.format(each) for each in spread)])
+    return lines(["FC net, five seeds", "mean", "standard deviation", "least", "most"], *body)
+
+
+def ladder() -> str:
+    """What each model costs and how near it comes."""
+    head = ["", "weights", "multiplications", "images seen", "seconds", ">= 0.95", ">= 0.99", "MSE",
+            "largest error", "us eager", "us compiled"]  # fmt: skip
+    body = []
+    for r in load("ladder")["rows"]:
+        counts = [r.get(key) for key in ("parameters", "multiplications", "images_seen")]
+        cells = ["" if n is None else f"{n:,}" for n in counts]
+        cells.append(f"{r['seconds']:.2g}" if "seconds" in r else "")
+        cells += [share(r["accuracy_0.95"]), share(r["accuracy_0.99"])]
+        cells += [f"{r['mse']:.2g}", f"{r['max_abs_error']:.2g}"]
+        cells += [micros(r.get("us_eager")), micros(r.get("us_compiled"))]
+        body.append([r["name"], *cells])
+    return lines(head, *body)
+
+
+def crossovers() -> str:
+    return bench_tables(lambda heading: heading.startswith("from which batch size"))
+
+
+def chains() -> str:
+    return bench_tables(lambda heading: "375 x 500" in heading)
+
+
+def bench_tables(wanted) -> str:
+    sections = [s for s in tables.sections_of(bench()) if wanted(s[0])]
+    return "\n".join(f"{heading}:\n\n{lines(head, *rows)}" for heading, head, rows in sections)
+
+
+def drawn(text: str) -> str:
+    from results import claims  # which uses this module
+
+    blocks = globals() | vars(claims)
+    return BLOCK.sub(lambda m: m[1] + blocks[m[2]]() + m[3], text)
+
+
+def main() -> None:
+    if len(sys.argv) > 1:
+        collect(Path(sys.argv[1]))
+    for path in (README, RESULTS / "README.md"):
+        path.write_text(drawn(path.read_text()))
 
 
 if __name__ == "__main__":
-    README.write_text(drawn(README.read_text()))
+    cli.run(main)
