@@ -21,7 +21,18 @@ from tests.runs import refused, run_script
 FEW = ["--data", "synthetic", "--images", 20, "--batch-size", 10, "--device", "cpu"]
 NAMES = {
     *("torchvision sequential", "torchvision batched", "matmul", "matmul compiled", "gemm"),
-    *("fused", "fused uint8", "copy", "fc", "fc bf16", "linear", "separable", "cnn", "cnn bf16"),
+    *(
+        "fused",
+        "fused uint8",
+        "copy",
+        "fc",
+        "fc bf16",
+        "linear",
+        "separable",
+        "separable compiled",
+        "cnn",
+        "cnn bf16",
+    ),
 }
 DOCUMENTED = {
     *("name", "device", "protocol", "dtype", "batch", "images", "runs", "mean_s", "median_s"),
