@@ -5,15 +5,15 @@ a VGG16 perceptual loss.
     python train_cnn.py                        the report's net: it cannot learn the flips
     python train_cnn.py --flip fixed           behind a fixed flip of its input it learns the rest
     python train_cnn.py --perceptual           the perceptual loss at 224 px, meant for a GPU
-    python train_cnn.py --perceptual --vgg-size 64 --precision bf16        on a CPU with AMX
+    python train_cnn.py --perceptual --vgg-size 32 --train-size 8000       on a CPU
     python train_cnn.py --perceptual --compare runs/cnn/best.pt            another CNN beside it
     python train_cnn.py --plain                without the CPU fast path (common/fast_cpu.py)
     python train_cnn.py --resume               continue after Ctrl-C or a crash
 
 Expected on CIFAR-10: behind the fixed flip 99.9 % of the test images at a cosine similarity of
-0.95; with learned flips 31 %, where a constant gray image has 33 % (results/train-cnn-*.json). An
-epoch of 45,000 images takes three to four minutes on two CPU cores, with --precision bf16 on cores
-that have AMX 40 seconds, and there with the perceptual loss at 64 px seven minutes.
+0.95; with learned flips about 30 %, where a constant gray image has 33 % (results/README.md). An
+epoch of 45,000 images takes three to six minutes on two CPU cores; with the perceptual loss at
+224 px it is meant for a GPU.
 """
 
 if __name__ == "__main__":  # Ctrl-C during the imports ends the script without a traceback
