@@ -29,8 +29,10 @@ constexpr int kRows = 7;  // rows of sums that fit into 16 or 32 registers; divi
 
 // A task of fewer pixels than this costs more to hand to a thread than to do.
 constexpr int64_t kTaskPixels = 1 << 15;
-// A result of this size leaves the caches before anybody reads it: it is written past them.
-constexpr int64_t kStreamBytes = 1 << 23;
+// A result of this size leaves the caches before anybody reads it: it is written past them. Rows
+// need no copy for it, so they are written past the second-level cache already: to read the lines
+// first costs more than whoever reads the result from the third level would gain.
+constexpr int64_t kStreamBytes = 1 << 23, kStreamRowBytes = 1 << 19;
 // A plane that is staged must leave room in the first-level cache.
 constexpr int64_t kStageBytes = 1 << 14;
 // Rows end to end are loaded together as far as the ring holds them.
@@ -324,16 +326,17 @@ Layout layout_of(const Problem& p, const Mix<T>& mix, int64_t height) {
 
   // non-temporal stores fill whole lines only
   const int64_t to_size = size_of(p.to_type), row = p.columns.out * to_size,
-                plane = p.rows.out * row;
+                plane = p.rows.out * row, bytes = plane * mix.out * p.images;
   bool lines = p.to.column == 1 && reinterpret_cast<uintptr_t>(p.target) % 64 == 0 &&
-               p.to.channel * to_size % 64 == 0 && plane * mix.out * p.images >= kStreamBytes &&
+               p.to.channel * to_size % 64 == 0 && bytes >= kStreamRowBytes &&
                cpu_capability() != Capability::kBaseline;
   for (int d = 0; d < p.to.dims; ++d) lines = lines && p.to.strides[d] * to_size % 64 == 0;
   int64_t stage = 0;
-  if (lines && height >= p.rows.out && p.to.row == p.columns.out && plane % 64 == 0 &&
-      plane * mix.out <= kStageBytes) {
+  if (lines && bytes >= kStreamBytes && height >= p.rows.out && p.to.row == p.columns.out &&
+      plane % 64 == 0 && plane * mix.out <= kStageBytes) {
     l.stream = Layout::kPlane, stage = plane * mix.out;
-  } else if (lines && row % 64 == 0 && p.to.row * to_size % 64 == 0) {
+  } else if (lines && (l.path != Layout::kGeneral || bytes >= kStreamBytes) && row % 64 == 0 &&
+             p.to.row * to_size % 64 == 0) {
     l.stream = Layout::kRow, stage = kRows * row;
   }
   // of both paths: the one's sums and spare rows, or the other's planar rows, spare row and places
