@@ -266,4 +266,4 @@ def keep_memory() -> None:
     with suppress(AttributeError):  # another C library
         libc = ctypes.CDLL(None)
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
-        libc.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD, the largest it takes
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: a result of 38 MB would be mapped, and faulted in, anew

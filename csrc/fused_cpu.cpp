@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
+#include <limits>
 #include <memory>
 #include <string>
 #include <type_traits>
@@ -28,12 +29,16 @@ constexpr int kRows = 7;  // rows of sums that fit into 16 or 32 registers; divi
 
 // A task of fewer pixels than this costs more to hand to a thread than to do.
 constexpr int64_t kTaskPixels = 1 << 15;
-// A result of this size leaves the caches before anybody reads it: it is written past them.
-constexpr int64_t kStreamBytes = 1 << 23;
+// A result of this size leaves the caches before anybody reads it: it is written past them. Rows
+// need no copy for it, so they are written past the second-level cache already: to read the lines
+// first costs more than whoever reads the result from the third level would gain.
+constexpr int64_t kStreamBytes = 1 << 23, kStreamRowBytes = 1 << 19;
 // A plane that is staged must leave room in the first-level cache.
 constexpr int64_t kStageBytes = 1 << 14;
 // Rows end to end are loaded together as far as the ring holds them.
 constexpr int64_t kRingPixels = 2048;
+// What the first-level cache holds of the rows of one channel.
+constexpr int64_t kBlockPixels = 4096;
 
 constexpr int64_t whole(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
 
@@ -94,10 +99,45 @@ HalfGroup joined(const HalfGroup& a, const HalfGroup& b) {
           0,
           {}};
 }
+
+// For each four output pixels, from where on 16 bytes hold all that they see; within [low, high).
+void places_of(const Bands& bands, const int32_t* table, int32_t low, int32_t high,
+               int32_t* places) {
+  for (int64_t o = 0; o < bands.out; o += kHalf) {
+    const Group& group = group_of(table, bands.rows, o);
+    for (int quad = 0; quad < 2; ++quad) {
+      int32_t place = high - 16;
+      for (int i = 0; i < 4; ++i) {
+        const int lane = o % kLanes + 4 * quad + i;
+        if (group.count[lane] > 0) place = std::min(place, group.first[lane]);
+      }
+      *places++ = std::max(place, low);
+    }
+  }
+}
+
+// Whether all lie within the 16 bytes from there on.
+bool are_near(const Bands& bands, const int32_t* table) {
+  for (int64_t quad = 0; quad < 4 * bands.groups; ++quad) {
+    const Group& group = group_of(table, bands.rows, quad / 4 * kLanes);
+    int32_t low = std::numeric_limits<int32_t>::max(), high = 0;
+    for (int64_t lane = quad % 4 * 4; lane < quad % 4 * 4 + 4; ++lane) {
+      if (group.count[lane] == 0) continue;
+      low = std::min(low, group.first[lane]);
+      high = std::max(high, group.first[lane] + group.count[lane]);
+    }
+    if (high - low > 16 && high > 0) return false;
+  }
+  return true;
+}
 #endif
 
 // Lengths in elements of T, for all images of a call.
 struct Layout {
+  enum { kGeneral, kFloats, kBytes } path;  // fused_cpu_kernel.inc, or one of fused_cpu_simd.inc
+  int64_t block;                            // output rows at a time
+  int64_t planar, planar_rows;              // room for rows of one channel, end to end
+  int64_t shuffles;                         // room for what kBytes prepares
   int64_t pitch, ring;  // of a row; rows in the ring of a channel, a power of two
   int64_t scratch;
   enum { kNone, kRow, kPlane } stream;  // what is staged and then written past the caches
@@ -223,41 +263,87 @@ Capability cpu_capability() {
 #endif
 }
 
+// How to go about it: rows first where the pixels under neighbouring output pixels lie together.
 template <typename T>
-Layout layout_of(const Problem& p, const Mix<T>& mix, bool whole_planes) {
+decltype(Layout::path) path_of(const Problem& p, const Mix<T>& mix) {
+#ifdef FUSED_X86
+  const Capability capability = cpu_capability();
+  if (!std::is_same<T, float>::value || capability == Capability::kBaseline) {
+    return Layout::kGeneral;
+  }
+  bool bytes = p.from_type == ScalarType::Byte, floats = true;
+  for (int k = 0; k < mix.out; ++k) {  // one channel each, as it is
+    bytes &= mix.in - std::count(mix.mix + k * mix.in, mix.mix + (k + 1) * mix.in, T(0)) <= 1;
+  }
+  for (int64_t g = 0; g < p.columns.variants * p.columns.groups; ++g) {
+    const HalfGroup* halves = group_of(p.columns.data, p.columns.rows, g * kLanes).halves;
+    floats &= capability == Capability::kAvx512
+                  ? joined(halves[0], halves[1]).spread < 2 * kLanes
+                  : std::max(halves[0].spread, halves[1].spread) < 2 * kHalf;
+  }
+  for (int64_t v = 0; bytes && v < p.columns.variants; ++v) {
+    bytes = are_near(p.columns, p.columns.data + v * p.columns.groups * p.columns.rows * kLanes);
+  }
+  return bytes ? Layout::kBytes : floats ? Layout::kFloats : Layout::kGeneral;
+#else
+  return Layout::kGeneral;
+#endif
+}
+
+// height: the output rows of a part, which `run` does by itself.
+template <typename T>
+Layout layout_of(const Problem& p, const Mix<T>& mix, int64_t height) {
   Layout l{};
+  l.path = path_of(p, mix);
+  int64_t width = kLanes;
   for (int64_t v = 0; v < p.columns.variants; ++v) {
     const int32_t* table = p.columns.data + v * p.columns.groups * p.columns.rows * kLanes;
     const Range seen = range_of(p.columns, table);
-    l.pitch = std::max(l.pitch, whole(seen.high - seen.low));
+    width = std::max(width, whole(seen.high - seen.low));
   }
-  l.pitch = std::max<int64_t>(l.pitch, kLanes);
-  int64_t most = std::min<int64_t>(p.rows.in, kRingPixels / l.pitch);
+  int64_t most = 1;
+  if (l.path == Layout::kGeneral) {
+    l.pitch = width, l.block = kRows;
+    most = std::min<int64_t>(p.rows.in, kRingPixels / l.pitch);
+  } else {
+    l.pitch = whole(p.columns.out), l.block = std::max<int64_t>(kRows, kBlockPixels / l.pitch);
+    l.planar_rows = std::max<int64_t>(1, kBlockPixels / width);
+    l.planar = l.planar_rows * width + 2 * kLanes;
+    if (l.path == Layout::kBytes)
+      l.shuffles = p.columns.groups * (p.columns.rows - kHeadRows) * kLanes;
+  }
   for (int64_t v = 0; v < p.rows.variants; ++v) {
     const int32_t* table = p.rows.data + v * p.rows.groups * p.rows.rows * kLanes;
-    for (int64_t o = 0; o < p.rows.out; o += kRows) {
-      const Range seen = range_of(p.rows, table, o, std::min(o + kRows, p.rows.out));
-      most = std::max(most, seen.high - seen.low);
+    for (int64_t begin = 0; begin < p.rows.out; begin += height) {
+      const int64_t end = std::min(begin + height, p.rows.out);
+      for (int64_t o = begin; o < end; o += l.block) {
+        const Range seen = range_of(p.rows, table, o, std::min(o + l.block, end));
+        most = std::max(most, seen.high - seen.low);
+      }
     }
   }
   for (l.ring = 1; l.ring < most;) l.ring *= 2;
 
   // non-temporal stores fill whole lines only
   const int64_t to_size = size_of(p.to_type), row = p.columns.out * to_size,
-                plane = p.rows.out * row;
+                plane = p.rows.out * row, bytes = plane * mix.out * p.images;
   bool lines = p.to.column == 1 && reinterpret_cast<uintptr_t>(p.target) % 64 == 0 &&
-               p.to.channel * to_size % 64 == 0 && plane * mix.out * p.images >= kStreamBytes &&
+               p.to.channel * to_size % 64 == 0 && bytes >= kStreamRowBytes &&
                cpu_capability() != Capability::kBaseline;
   for (int d = 0; d < p.to.dims; ++d) lines = lines && p.to.strides[d] * to_size % 64 == 0;
   int64_t stage = 0;
-  if (lines && whole_planes && p.to.row == p.columns.out && plane % 64 == 0 &&
-      plane * mix.out <= kStageBytes) {
+  if (lines && bytes >= kStreamBytes && height >= p.rows.out && p.to.row == p.columns.out &&
+      plane % 64 == 0 && plane * mix.out <= kStageBytes) {
     l.stream = Layout::kPlane, stage = plane * mix.out;
-  } else if (lines && row % 64 == 0 && p.to.row * to_size % 64 == 0) {
+  } else if (lines && (l.path != Layout::kGeneral || bytes >= kStreamBytes) && row % 64 == 0 &&
+             p.to.row * to_size % 64 == 0) {
     l.stream = Layout::kRow, stage = kRows * row;
   }
-  l.scratch = mix.out * l.ring * l.pitch + kRows * l.pitch + 2 * kLanes +
-              kRows * whole(p.columns.out) + (stage + sizeof(T) - 1) / sizeof(T);
+  // of both paths: the one's sums and spare rows, or the other's planar rows, spare row and places
+  const int64_t sums = kRows * (l.pitch + whole(p.columns.out)) + 2 * kLanes;
+  const int64_t planar = l.planar + l.pitch + whole(4 * p.columns.groups) + l.shuffles;
+  l.scratch =
+      mix.out * l.ring * l.pitch + std::max(sums, planar) + (stage + sizeof(T) - 1) / sizeof(T);
   return l;
 }
 
@@ -265,11 +351,6 @@ Layout layout_of(const Problem& p, const Mix<T>& mix, bool whole_planes) {
 
 template <typename T>
 void run_cpu(const Problem& p, const Mix<T>& mix) {
-  auto run = baseline::run<T>;
-#ifdef FUSED_X86
-  if (cpu_capability() == Capability::kAvx2) run = avx2::run<T>;
-  if (cpu_capability() == Capability::kAvx512) run = avx512::run<T>;
-#endif
   // few images are cut into parts, so that each thread has some
   const int64_t pixels = p.rows.in * p.columns.in * mix.in + p.rows.out * p.columns.out * mix.out;
   const int64_t wanted = 4 * torch::stable::get_num_threads();
@@ -278,7 +359,16 @@ void run_cpu(const Problem& p, const Mix<T>& mix) {
   const int64_t height = ((p.rows.out + parts - 1) / parts + kRows - 1) / kRows * kRows;
   parts = (p.rows.out + height - 1) / height;
   const int64_t grain = std::max<int64_t>(1, kTaskPixels / (pixels / parts));
-  const Layout layout = layout_of(p, mix, parts == 1);
+  const Layout layout = layout_of(p, mix, height);
+  auto run = baseline::run<T>;
+#ifdef FUSED_X86
+  const bool wide = cpu_capability() == Capability::kAvx512;
+  if (cpu_capability() == Capability::kAvx2) run = avx2::run<T>;
+  if (wide) run = avx512::run<T>;
+  if constexpr (std::is_same<T, float>::value) {
+    if (layout.path != Layout::kGeneral) run = wide ? avx512::run_rows : avx2::run_rows;
+  }
+#endif
   torch::stable::parallel_for(0, p.images * parts, grain, [&](int64_t begin, int64_t end) {
     const std::unique_ptr<T[]> memory(new T[layout.scratch + 64 / sizeof(T)]);
     T* scratch = memory.get();

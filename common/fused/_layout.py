@@ -61,16 +61,17 @@ def adjoint(bands: Bands) -> Bands:
 
 def _pack(bands: Bands, wide: bool, device: torch.device) -> Tensor:
     variants, out = bands.first.shape
-    # the lanes behind the last output pixel repeat it
-    taken = torch.arange(out + -out % LANES, device=CPU).clamp(max=out - 1)
-    first, count = (
-        x[:, taken].to(torch.int32).view(variants, -1, 2, LANES // 2)
-        for x in (bands.first, bands.count)
-    )
-    low = first.where(count > 0, bands.size).amin(-1, keepdim=True)
-    high = (first + count).where(count > 0, 0).amax(-1, keepdim=True)
+    first, count, weight = bands.first, bands.count, bands.weight
+    if out % LANES:  # the lanes behind the last output pixel repeat it
+        taken = torch.arange(out + -out % LANES, device=CPU).clamp(max=out - 1)
+        first, count, weight = (x[:, taken] for x in (first, count, weight))
+    groups, taps = -(-out // LANES), weight.shape[2]
+    first, count = (x.to(torch.int32).view(variants, groups, 2, LANES // 2) for x in (first, count))
+    empty = count == 0
+    low = first.masked_fill(empty, bands.size).amin(-1, keepdim=True)
+    high = (first + count).masked_fill_(empty, 0).amax(-1, keepdim=True)
     low = low.minimum(high)
-    first = first.where(count > 0, low)
+    first = first.where(~empty, low)
     # where neighbours are one pixel apart but for one step of two, from lane `late` on
     apart = first - first[..., :1]
     way = (apart[..., -1:] >= 0).to(torch.int32) * 2 - 1
@@ -88,11 +89,14 @@ def _pack(bands: Bands, wide: bool, device: torch.device) -> Tensor:
         torch.zeros_like(low),
         torch.zeros_like(low),
     ]
-    weight = bands.weight.to(torch.float64 if wide else torch.float32)[:, taken]
-    weight = weight.view(variants, -1, LANES, weight.shape[2]).mT.contiguous().view(torch.int32)
-    groups = len(taken) // LANES
-    parts = [x.reshape(variants, groups, -1, LANES) for x in (first, count, torch.cat(spans, -1))]
-    return torch.cat([*parts, weight.view(variants, groups, -1, LANES)], 2).to(device)
+    rows = taps * (2 if wide else 1)
+    table = torch.empty(variants, groups, 3 + rows, LANES, dtype=torch.int32, device=CPU)
+    for row, part in enumerate((first, count, torch.cat(spans, -1))):
+        table[:, :, row] = part.flatten(2)
+    weights = table[:, :, 3:].view(torch.float64 if wide else torch.float32)
+    weights = weights.view(variants, groups, taps, LANES)
+    weights.copy_(weight.view(variants, groups, LANES, taps).mT)
+    return table.to(device)
 
 
 @lru_cache(maxsize=256)

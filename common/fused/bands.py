@@ -142,11 +142,12 @@ def _antialiased(length, scale, output, mode, dtype) -> tuple[Tensor, Tensor, Te
     longest = 2 * support.ceil().to(torch.int64) + 1
     count = torch.minimum((last - first).clamp_(min=0), longest)
     taps = torch.arange(max(int(count.max()), 1) if count.numel() else 1, device=CPU)
-    x = (first[..., None] + taps).to(dtype) - (center - 0.5)[..., None]
-    x = x.mul_((1 / stretch)[..., None]).abs_()
-    weight = (1 - x).clamp_(min=0) if mode == "bilinear" else _cubic(x, -0.5)
-    weight *= taps < count[..., None]
-    return first, count, weight / weight.sum(2, keepdim=True)
+    # in place, as the random crops of a batch make these anew for each
+    x = first[..., None].to(dtype) + taps.to(dtype)
+    x = x.sub_((center - 0.5)[..., None]).mul_((1 / stretch)[..., None]).abs_()
+    weight = x.neg_().add_(1).clamp_(min=0) if mode == "bilinear" else _cubic(x, -0.5)
+    weight.masked_fill_(taps >= count[..., None], 0)
+    return first, count, weight.div_(weight.sum(2, keepdim=True))
 
 
 def _cubic(x: Tensor, a: float) -> Tensor:

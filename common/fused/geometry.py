@@ -151,8 +151,10 @@ def random_flip(axis: int) -> Callable:
             elif params[0]:
                 passes.flip(axis)
 
-        def draw(_height: int, _width: int) -> bool:
-            return not bool(torch.rand(1) >= transform.p)
+        chance = torch.tensor(transform.p, dtype=torch.float32, device="cpu").item()
+
+        def draw(_height: int, _width: int) -> bool:  # torch.rand(1) < p, which float32 compares
+            return torch.empty(1, device="cpu").uniform_().item() < chance
 
         return Step("", apply, draw, probability=transform.p)
 

@@ -13,6 +13,7 @@ import torch
 from torchvision.transforms import v2
 
 from common.fused import fuse
+from common.timing import keep_memory
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -68,6 +69,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=64)
     parser.add_argument("--runs", type=int, default=5)
     args = parser.parse_args()
+    keep_memory()
     batch = natural_images(args.images, 375, 500)
     each = [image.permute(1, 2, 0).contiguous().permute(2, 0, 1) for image in batch]
     threads = torch.get_num_threads()
