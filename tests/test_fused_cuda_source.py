@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.utils.cpp_extension import CUDA_HOME, include_paths
+from torch.utils.cpp_extension import include_paths
 
 from common.fused import _build
 from tests.runs import ROOT
@@ -68,16 +68,20 @@ def test_under_sanitizers(sanitizer, cases, tmp_path):
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
 
 
-@pytest.mark.skipif(CUDA_HOME is None, reason="no CUDA toolkit")
+# torch's CUDA_HOME is None where torch was built without CUDA, also beside a toolkit
+NVCC = (
+    shutil.which("nvcc", path=os.path.join(os.environ.get("CUDA_HOME", os.devnull), "bin"))
+    or shutil.which("nvcc")
+    or shutil.which("nvcc", path="/usr/local/cuda/bin")
+)
+
+
+@pytest.mark.skipif(NVCC is None, reason="no nvcc in $CUDA_HOME/bin, PATH, /usr/local/cuda/bin")
 @pytest.mark.parametrize("architecture", ["sm_90"])
 def test_compiles_without_spills(architecture, tmp_path):
-    home = os.environ.get("CUDA_HOME", CUDA_HOME)
-    nvcc = shutil.which("nvcc", path=f"{home}/bin") or shutil.which("nvcc")
-    if not nvcc:
-        pytest.skip("no nvcc")
     flags = [*_build.FLAGS, STANDARD, "-DUSE_CUDA", f"-arch={architecture}", "-Xptxas=-v"]
     output = tmp_path / "fused.o"
-    command = [nvcc, *flags, *INCLUDES, "-c", "csrc/fused_cuda.cu", "-o", str(output)]
+    command = [NVCC, *flags, *INCLUDES, "-c", "csrc/fused_cuda.cu", "-o", str(output)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if "Unsupported gpu architecture" in done.stderr:
         pytest.skip(f"this nvcc does not know {architecture}")
