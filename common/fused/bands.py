@@ -64,32 +64,36 @@ def resize(
     antialias: bool = True,
     dtype: torch.dtype = torch.float32,
     *,
+    channels: int = 3,
     start: Tensor | None = None,
     length: Tensor | None = None,
 ) -> Bands:
     """torch.nn.functional.interpolate to `out` pixels: mode "bilinear" or "bicubic".
 
     dtype: that in which torch computes windows and weights: float64 for float64 images (and for
-    uint8 ones), else float32. start, length: int64 (V,): resize each of these boxes inside of the
-    image instead (RandomResizedCrop), a variant for each.
+    uint8 ones), else float32. channels: of the images, as torch's kernel for three may round
+    otherwise. start, length: int64 (V,): resize each of these boxes inside of the image instead
+    (RandomResizedCrop), a variant for each.
     """
     if mode not in ("bilinear", "bicubic"):
         raise ValueError(f"no bands for mode {mode!r}: it must be 'bilinear' or 'bicubic'")
     if length is None:
-        return _whole(size, out, mode, antialias, dtype)
-    return _resize(size, out, mode, antialias, dtype, start, length)
+        return _whole(size, out, mode, antialias, dtype, channels)
+    return _resize(size, out, mode, antialias, dtype, channels, start, length)
 
 
 @lru_cache(maxsize=512)  # a random crop of one image is a resize of a view: the sizes come again
-def _whole(size, out, mode, antialias, dtype) -> Bands:
-    return _resize(size, out, mode, antialias, dtype, None, torch.tensor([size], device=CPU))
+def _whole(size, out, mode, antialias, dtype, channels) -> Bands:
+    length = torch.tensor([size], device=CPU)
+    return _resize(size, out, mode, antialias, dtype, channels, None, length)
 
 
-def _resize(size, out, mode, antialias, dtype, start, length) -> Bands:
+def _resize(size, out, mode, antialias, dtype, channels, start, length) -> Bands:
     length = length[:, None]
     scale = length.to(dtype) / out  # (V, 1)
     make = _antialiased if antialias else _interpolated
-    first, count, weight = make(length, scale, torch.arange(out, device=CPU), mode, dtype)
+    fused = dtype == torch.float32 and _contracted(mode, channels)
+    first, count, weight = make(length, scale, torch.arange(out, device=CPU), mode, dtype, fused)
     if antialias or mode == "bilinear":  # torch copies an axis whose size does not change
         same = length == out
         if bool(same.any()):
@@ -102,20 +106,16 @@ def _resize(size, out, mode, antialias, dtype, start, length) -> Bands:
     return Bands(first, count, weight.to(torch.float64), size)
 
 
-def resize_axes(old, new, mode, antialias, dtype, boxes) -> list[Bands]:
+def resize_axes(old, new, mode, antialias, dtype, channels, boxes) -> list[Bands]:
     """The bands of rows and columns: old and new are (height, width); boxes: None, or int64 (4, V),
     top, left, height and width of what to resize."""
+    how = {"mode": mode, "antialias": antialias, "dtype": dtype, "channels": channels}
     if boxes is None:
-        return [resize(old[a], new[a], mode, antialias, dtype) for a in range(2)]
+        return [resize(old[a], new[a], **how) for a in range(2)]
     starts, lengths = boxes[:2], boxes[2:]
     if new[0] != new[1]:
-        return [
-            resize(old[a], new[a], mode, antialias, dtype, start=starts[a], length=lengths[a])
-            for a in range(2)
-        ]
-    both = resize(
-        0, new[0], mode, antialias, dtype, start=starts.flatten(), length=lengths.flatten()
-    )
+        return [resize(old[a], new[a], **how, start=starts[a], length=lengths[a]) for a in range(2)]
+    both = resize(0, new[0], **how, start=starts.flatten(), length=lengths.flatten())
     halves = zip(both.first.chunk(2), both.count.chunk(2), both.weight.chunk(2), strict=True)
     return [Bands(*half, size) for half, size in zip(halves, old, strict=True)]
 
@@ -131,7 +131,7 @@ def quantized(bands: Bands, bits: int) -> Bands:
     return Bands(bands.first, bands.count, weight, bands.size)
 
 
-def _antialiased(length, scale, output, mode, dtype) -> tuple[Tensor, Tensor, Tensor]:
+def _antialiased(length, scale, output, mode, dtype, fused) -> tuple[Tensor, Tensor, Tensor]:
     """A filter of the width of one output pixel (at least one input pixel), cut at the border and
     normalised. Pillow's, and so with a = -0.5 for bicubic."""
     stretch = scale.clamp(min=1)
@@ -145,30 +145,32 @@ def _antialiased(length, scale, output, mode, dtype) -> tuple[Tensor, Tensor, Te
     # in place, as the random crops of a batch make these anew for each
     x = first[..., None].to(dtype) + taps.to(dtype)
     x = x.sub_((center - 0.5)[..., None]).mul_((1 / stretch)[..., None]).abs_()
-    weight = x.neg_().add_(1).clamp_(min=0) if mode == "bilinear" else _cubic(x, -0.5)
+    weight = x.neg_().add_(1).clamp_(min=0) if mode == "bilinear" else _cubic(x, -0.5, fused)
     weight.masked_fill_(taps >= count[..., None], 0)
     return first, count, weight.div_(weight.sum(2, keepdim=True))
 
 
-def _cubic(x: Tensor, a: float) -> Tensor:
+def _cubic(x: Tensor, a: float, fused: bool) -> Tensor:
     """Keys' cubic convolution kernel at the distances x >= 0."""
-    near = _multiply_add(_multiply_add(x, a + 2, -a - 3) * x, x, 1)
-    far = _multiply_add(_multiply_add(_multiply_add(x, a, -5 * a), x, 8 * a), x, -4 * a)
+
+    def add(y: Tensor, factor: Tensor | float, z: float) -> Tensor:
+        return _multiply_add(y, factor, z, fused)
+
+    near = add(add(x, a + 2, -a - 3) * x, x, 1)
+    far = add(add(add(x, a, -5 * a), x, 8 * a), x, -4 * a)
     return torch.where(x < 1, near, torch.where(x < 2, far, 0))
 
 
-def _multiply_add(x: Tensor, y: Tensor | float, z: float) -> Tensor:
-    """x * y + z, rounded once or twice as this build of torch does it in float32."""
-    if x.dtype == torch.float32 and _contracted():
-        return (x.double() * y + z).float()
-    return x * y + z
+def _multiply_add(x: Tensor, y: Tensor | float, z: float, fused: bool) -> Tensor:
+    """x * y + z, in float32 rounded once where `fused`, else twice."""
+    return (x.double() * y + z).float() if fused else x * y + z
 
 
-def _interpolated(length, scale, output, mode, dtype) -> tuple[Tensor, Tensor, Tensor]:
+def _interpolated(length, scale, output, mode, dtype, fused) -> tuple[Tensor, Tensor, Tensor]:
     """The 2 (bicubic: 4, with a = -0.75) pixels around the output pixel's center; those outside of
     the image are its border."""
     center = output.to(dtype) + 0.5
-    position = _multiply_add(center.expand(len(scale), -1), scale, -0.5)
+    position = _multiply_add(center.expand(len(scale), -1), scale, -0.5, fused)
     if mode == "bilinear":
         position = position.clamp(min=0)
     # torch takes the floor in float32, whatever the dtype
@@ -178,32 +180,27 @@ def _interpolated(length, scale, output, mode, dtype) -> tuple[Tensor, Tensor, T
         offsets, parts = torch.arange(2, device=CPU), torch.cat([1 - t, t], 2)
     else:
         offsets = torch.arange(-1, 3, device=CPU)
-        parts = _cubic(torch.cat([t + 1, t, 1 - t, 2 - t], 2), -0.75)
+        parts = _cubic(torch.cat([t + 1, t, 1 - t, 2 - t], 2), -0.75, fused)
     read = torch.minimum((pixel[..., None] + offsets).clamp(min=0), length[..., None] - 1)
     first = read[..., 0]
     weight = torch.zeros_like(parts).scatter_add(2, read - first[..., None], parts)
     return first, read[..., -1] - first + 1, weight
 
 
-_fused_multiply_add: bool | None = None
-
-
-def _contracted() -> bool:
-    """Whether this build of torch fuses products and sums: its AVX2 and AVX-512 kernels do, the
-    baseline does not. It moves the weights of a bilinear resize by up to 2e-5."""
-    global _fused_multiply_add
-    if _fused_multiply_add is None:
-        size, out = 97, 500
-        scale, center = torch.tensor(size / out), torch.arange(out, device=CPU) + 0.5
-        apart, fused = scale * center - 0.5, (scale * center.double() - 0.5).float()
-        row = int((apart - fused).abs().argmax())
-        pixel = int(apart[row])
-        image = torch.zeros(1, 1, 1, size, device=CPU)
-        image[..., pixel + 1] = 1
-        weight = torch.nn.functional.interpolate(image, (1, out), mode="bilinear")[0, 0, 0, row]
-        error = (torch.stack([apart[row], fused[row]]) - pixel - weight).abs()
-        _fused_multiply_add = bool(error[1] < error[0])
-    return _fused_multiply_add
+@lru_cache
+def _contracted(mode: str, channels: int) -> bool:
+    """Whether this build of torch fuses products and sums, for images of so many channels: its AVX2
+    and AVX-512 kernels do, the baseline does not; in torch 2.15 the bilinear one does for three
+    channels and not for one. It moves the weights of a bilinear resize by up to 2e-5."""
+    size, out = 97, 500
+    image = torch.eye(size, device=CPU).expand(1, channels, size, size)
+    image = image.contiguous(memory_format=torch.channels_last)
+    expected = torch.nn.functional.interpolate(image, (out, size), mode=mode)[0, 0].double()
+    length = torch.tensor([[size]], device=CPU)
+    how = length, length / out, torch.arange(out, device=CPU), mode, torch.float32
+    apart, fused = (Bands(*_interpolated(*how, fused), size) for fused in (False, True))
+    apart, fused = ((each.matrix()[0] - expected).abs().max() for each in (apart, fused))
+    return bool(fused < apart)
 
 
 def blur(size: int, kernel_size: int, sigma: float, dtype: torch.dtype = torch.float32) -> Bands:

@@ -169,7 +169,7 @@ class Passes:
         if clamps and native:
             self.roundings += 1  # never in one pass
         dtype = torch.float64 if self.dtype == torch.float64 or native else torch.float32
-        make = b.resize_axes(old, new, mode, antialias, dtype, boxes)
+        make = b.resize_axes(old, new, mode, antialias, dtype, self.channels, boxes)
         if native and self.exact:
             make = [b.quantized(bands, 30 if self.pil else 15) for bands in make]
             if old[0] != height and old[1] != width:
