@@ -5,7 +5,7 @@ a VGG16 perceptual loss.
     python train_cnn.py                        the report's net: it cannot learn the flips
     python train_cnn.py --flip fixed           behind a fixed flip of its input it learns the rest
     python train_cnn.py --perceptual           the perceptual loss at 224 px, meant for a GPU
-    python train_cnn.py --perceptual --vgg-size 32 --train-size 8000       on a CPU
+    python train_cnn.py --perceptual --vgg-size 32 --train-size 5000       on a CPU
     python train_cnn.py --perceptual --compare runs/cnn/best.pt            another CNN beside it
     python train_cnn.py --plain                without the CPU fast path (common/fast_cpu.py)
     python train_cnn.py --resume               continue after Ctrl-C or a crash

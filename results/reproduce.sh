@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # Makes every file of results/ on this machine, from one commit:
 #
-#     bash results/reproduce.sh            about 90 minutes on two cores with AVX2
+#     bash results/reproduce.sh            about 70 minutes on two cores with AVX2
 #     bash results/reproduce.sh --quick    the same on few images, in minutes; results/ is not touched
 #
 # Each run's folder lies in runs/reproduce-COMMIT/. What is complete there is not made again, and an
-# interrupted run is resumed, so the same command goes on. CNN runs on 8,000 images stand for those
+# interrupted run is resumed, so the same command goes on. CNN runs on 5,000 images stand for those
 # that would take hours here: their rows say so.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -25,25 +25,25 @@ folder=runs/reproduce-$(git rev-parse --short=7 HEAD)${quick:+-quick}
 
 # minutes, name, command
 jobs="
-1   fc                      train_fc.py
-1   fc-seed1                train_fc.py --seed 1
-1   fc-seed2                train_fc.py --seed 2
-1   fc-seed3                train_fc.py --seed 3
-1   fc-seed4                train_fc.py --seed 4
-1   fc-window               train_fc.py --stop-rule window
-1   fc-synthetic            train_fc.py --data synthetic --test-data cifar10
+1.6 fc                      train_fc.py
+1.6 fc-seed1                train_fc.py --seed 1
+1.6 fc-seed2                train_fc.py --seed 2
+1.6 fc-seed3                train_fc.py --seed 3
+1.6 fc-seed4                train_fc.py --seed 4
+0.6 fc-window               train_fc.py --stop-rule window
+1.8 fc-synthetic            train_fc.py --data synthetic --test-data cifar10
 0.2 fc-closed-form          train_fc.py --init closed-form --epochs 0
-1   fc-closed-form-trained  train_fc.py --init closed-form
-1   fc-linear               train_fc.py --model linear
+1.6 fc-closed-form-trained  train_fc.py --init closed-form
+1.5 fc-linear               train_fc.py --model linear
 0.2 fc-linear-closed-form   train_fc.py --model linear --init closed-form --epochs 0
 1   fc-separable            train_fc.py --model separable
 0.2 fc-separable-closed-form train_fc.py --model separable --init closed-form --epochs 0
-30  cnn-fixed               train_cnn.py --flip fixed
-6   cnn                     train_cnn.py --train-size 8000
-6   cnn-fixed-8000          train_cnn.py --train-size 8000 --flip fixed
-14  cnn-fixed-perceptual    train_cnn.py --train-size 8000 --flip fixed --perceptual --vgg-size 32 --compare $folder/cnn-fixed-8000/best.pt
-2   ladder                  -m results.ladder $folder
+25  cnn-fixed               train_cnn.py --flip fixed
 13  bench                   bench.py --runs 30 --fc $folder/fc/best.pt --cnn $folder/cnn-fixed/best.pt
+3   cnn                     train_cnn.py --train-size 5000
+3   cnn-fixed-5000          train_cnn.py --train-size 5000 --flip fixed
+11  cnn-fixed-perceptual    train_cnn.py --train-size 5000 --flip fixed --perceptual --vgg-size 32 --compare $folder/cnn-fixed-5000/best.pt
+2   ladder                  -m results.ladder $folder
 "
 
 left() { # minutes of the jobs that are not complete
