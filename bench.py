@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from common import UserError, checkpoints, cli, data, distributed, photos, report, tables, timing
+from common import UserError, checkpoints, cli, data, distributed, photos, report, tables
 from common.cases import Method, against, assess, peer_cases, report_cases, sweep, tensor_cases
 from common.models import ConvNet, FullyConnected, Linear, Separable, chain_matrix
 from common.timing import BATCHED, SEQUENTIAL, add_ratios, check, keep_memory, measure, summary
@@ -81,7 +81,7 @@ def main() -> None:
         "data": data_name,
         "standard": all(getattr(args, key) >= value for key, value in STANDARD.items()),
         "rows": sorted(rows, key=tables.order),
-        "crossover": timing.crossovers(growth, list(NETS)),
+        "crossover": tables.crossovers(growth, list(NETS)),
         "chains": sorted(chains, key=tables.order),
         "growth": growth,
         "not_installed": absent + lacking,

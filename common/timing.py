@@ -226,40 +226,6 @@ def add_ratios(rows: list[dict], batched: str = BATCHED, sequential: str = SEQUE
             row["share_of_copy"] = row["bytes_moved"] / row["median_s"] / max(rates)
 
 
-def crossovers(sweep: list[dict], nets: list[str]) -> list[dict[str, Any]]:
-    """For each device, net and opponent: the least batch size from which on, to the largest that
-    was tried, the net is faster (None: it is not); and the net's speed over the opponent's at each.
-
-    sweep: rows of one batch each. torchvision image by image takes the time of one image for each
-    image of the batch.
-    """
-    found = []
-    for device in dict.fromkeys(row["device"] for row in sweep):
-        times: dict[str, dict[int, float]] = {}
-        for row in sweep:
-            if row["device"] == device and row["median_s"]:
-                times.setdefault(row["name"], {})[row["batch"]] = row["median_s"]
-        one = times.get(SEQUENTIAL, {}).get(1)
-        sizes = [row["batch"] for row in sweep if row["device"] == device]
-        opponents = {
-            SEQUENTIAL: {n: n * one for n in sizes} if one else {},
-            BATCHED: times.get(BATCHED, {}),
-            "fused": times.get("fused", {}),
-        }
-        for net in nets:
-            for against, theirs in opponents.items():
-                mine = times.get(net, {})
-                ratios = {n: theirs[n] / mine[n] for n in sorted(mine.keys() & theirs.keys())}
-                batch = None
-                for n in reversed(ratios):
-                    if ratios[n] <= 1:
-                        break
-                    batch = n
-                entry = {"device": device, "net": net, "against": against, "from_batch": batch}
-                found.append(entry | {"times_as_fast": ratios})
-    return found
-
-
 def keep_memory() -> None:
     """Tells glibc to keep what is freed. By itself it decides by what was freed before, and a row
     would take up to four times as long by the rows before it."""

@@ -310,7 +310,7 @@ def test_crossover_is_the_batch_from_which_on_the_net_is_faster():
     sweep += rows("fc", {1: 5.0, 2: 2.5, 4: 2.9})
     sweep += rows("cnn", {1: 2.0, 2: 9.0, 4: 9.0})  # faster at 1 only, by a hair and not for good
     found = {
-        (entry["net"], entry["against"]): entry for entry in timing.crossovers(sweep, ["fc", "cnn"])
+        (entry["net"], entry["against"]): entry for entry in tables.crossovers(sweep, ["fc", "cnn"])
     }
     batches = {key: entry["from_batch"] for key, entry in found.items()}
     assert batches == {
