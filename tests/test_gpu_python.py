@@ -2,6 +2,7 @@
 (backward(), which needs a CUDA context, is replaced), and on `meta` with their own backward."""
 
 import gc
+import importlib
 import json
 import sys
 from types import SimpleNamespace
@@ -122,6 +123,7 @@ def test_a_step_that_waits_is_found(wait, watch, no_backward, monkeypatch, tmp_p
 def test_sums_over_ranks_stay_on_their_device(watch):
     """In a step the losses are summed by NCCL (here by a backend that does nothing), and the signal
     by gloo."""
+    importlib.import_module("torch.testing._internal.distributed.fake_pg")  # the backend "fake"
     dist.init_process_group("cpu:gloo,cuda:fake", store=dist.HashStore(), rank=0, world_size=1)
     try:
         distributed.wrap(FullyConnected())  # makes the group
