@@ -87,7 +87,7 @@ def main() -> None:
     # --- what --resume restores; --epochs may not change, as the learning rate depends on it ------
     run = Run(args, fixed={"epochs"}, model=model, optimizer=optimizer, stopping=stopping)
     run.start()  # from last.pt under --resume
-    net = distributed.wrap(model)  # DistributedDataParallel under torchrun, CUDA graphs on a GPU
+    net = distributed.wrap(model)  # DistributedDataParallel under torchrun, else the model itself
 
     # --- training --------------------------------------------------------------------------------
     while run.epoch < args.epochs and not run.stopped:
