@@ -114,7 +114,7 @@ def claims() -> str:
             "2: the CNN's flips come from the network as a whole",
             "",
             f"{share(learned['test']['accuracy_0.95'])}; fixed flip "
-            f"{share(fixed['test']['accuracy_0.95'])}, on all images "
+            f"{share(fixed['test']['accuracy_0.95'])}, on more images "
             f"{share(whole['test']['accuracy_0.95'])}",
             f"`{command(learned)}`, `{command(fixed)}`",
             f"{verdict(flips)}: a constant image gets {share(learned['floor']['accuracy_0.95'])}. "

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # Makes every file of results/ on this machine, from one commit:
 #
-#     bash results/reproduce.sh            about 70 minutes on two cores with AVX2
+#     bash results/reproduce.sh            about an hour on two cores with AVX2
 #     bash results/reproduce.sh --quick    the same on few images, in minutes; results/ is not touched
 #
-# Each run's folder lies in runs/reproduce-COMMIT/. What is complete there is not made again, and an
-# interrupted run is resumed, so the same command goes on. CNN runs on 5,000 images stand for those
-# that would take hours here: their rows say so.
+# Each run's folder lies in runs/reproduce-CODE/, by a digest of the code. What is complete there is
+# not made again, and an interrupted run is resumed, so the same command continues. CNN runs on fewer
+# images stand for those that would take hours here: their rows say so.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-.venv/bin/python}
@@ -20,7 +20,9 @@ elif [ -n "$(git status --porcelain)" ]; then
     echo "reproduce.sh: error: commit your changes first, so that the results name their code" >&2
     exit 2
 fi
-folder=runs/reproduce-$(git rev-parse --short=7 HEAD)${quick:+-quick}
+code=$(git rev-parse HEAD:common HEAD:csrc HEAD:train_fc.py HEAD:train_cnn.py HEAD:bench.py |
+    git hash-object --stdin)
+folder=runs/reproduce-${code:0:7}${quick:+-quick}
 [ -z "$quick" ] || rm -rf "$folder"
 
 # minutes, name, command
@@ -38,7 +40,7 @@ jobs="
 0.2 fc-linear-closed-form   train_fc.py --model linear --init closed-form --epochs 0
 1   fc-separable            train_fc.py --model separable
 0.2 fc-separable-closed-form train_fc.py --model separable --init closed-form --epochs 0
-25  cnn-fixed               train_cnn.py --flip fixed
+11  cnn-fixed               train_cnn.py --train-size 20000 --flip fixed
 13  bench                   bench.py --runs 30 --fc $folder/fc/best.pt --cnn $folder/cnn-fixed/best.pt
 3   cnn                     train_cnn.py --train-size 5000
 3   cnn-fixed-5000          train_cnn.py --train-size 5000 --flip fixed

@@ -4,13 +4,14 @@
     python -m results.tables FOLDER      first copies what reproduce.sh left in FOLDER there
 
 The function NAME of this file or of results/claims.py returns the text between `<!-- NAME: ... -->`
-and `<!-- end -->`. All files of a machine must name one commit.
+and `<!-- end -->`. All files of a machine must come from the same code.
 """
 
 import json
 import re
 import shutil
 import statistics
+import subprocess
 import sys
 from functools import cache
 from pathlib import Path
@@ -20,6 +21,7 @@ from common import UserError, cli, report, tables
 RESULTS = Path(__file__).resolve().parent
 README = RESULTS.parent / "README.md"
 MACHINE = "amd-epyc-avx2"  # the folder that the READMEs show
+CODE = ("common", "csrc", "train_fc.py", "train_cnn.py", "bench.py")
 BLOCK = re.compile(r"(?s)(<!-- (\w+): drawn by python -m results.tables -->\n).*?(<!--)")
 CHAIN, BATCHED = "torchvision sequential", "torchvision batched"
 SPEED = (
@@ -79,12 +81,14 @@ def bench() -> dict:
 
 
 def commit() -> str:
-    """The commit of all files. Raises UserError where there are several."""
+    """The commits of all files. Raises UserError where their code differs."""
     files = [json.loads(path.read_text()) for path in (RESULTS / MACHINE).glob("*.json")]
-    commits = {each["environment"]["commit"] for each in files}
-    if len(commits) != 1:
-        raise UserError(f"results/{MACHINE} mixes commits: run bash results/reproduce.sh")
-    return commits.pop()[:7]
+    commits = sorted({each["environment"]["commit"] for each in files})
+    for other in commits[1:]:
+        diff = ["git", "diff", "--quiet", commits[0], other, "--", *CODE]
+        if subprocess.run(diff, cwd=RESULTS.parent, capture_output=True).returncode == 1:
+            raise UserError(f"results/{MACHINE} mixes two codes: run bash results/reproduce.sh")
+    return ", ".join(each[:7] for each in commits)
 
 
 def row(name: str, protocol: str) -> dict:
