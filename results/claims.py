@@ -12,7 +12,7 @@ def verdict(holds: bool) -> str:
 def findings() -> str:
     """What the measurements say, with the commands that give them."""
     fc, closed, separable = run("fc"), run("fc-closed-form"), run("fc-separable")
-    learned, fixed = run("cnn"), run("cnn-fixed-5000")
+    learned, fixed = run("cnn"), run("cnn-fixed-3000")
     micros = {
         name: row(name, "tensor")["us_per_image"]
         for name in ("fc", BATCHED, "fused", "matmul compiled", "separable compiled")
@@ -48,7 +48,7 @@ def findings() -> str:
 
 def claims() -> str:
     fc, window, closed = run("fc"), run("fc-window"), run("fc-closed-form")
-    learned, fixed, whole = run("cnn"), run("cnn-fixed-5000"), run("cnn-fixed")
+    learned, fixed, whole = run("cnn"), run("cnn-fixed-3000"), run("cnn-fixed")
     chain, net, cnn = (row(name, "report") for name in (CHAIN, "fc", "cnn"))
     loader, batched, fused = (row(name, "report") for name in ("copy", BATCHED, "fused"))
     both = run("cnn-fixed-perceptual")

@@ -40,11 +40,11 @@ jobs="
 0.2 fc-linear-closed-form   train_fc.py --model linear --init closed-form --epochs 0
 1   fc-separable            train_fc.py --model separable
 0.2 fc-separable-closed-form train_fc.py --model separable --init closed-form --epochs 0
-11  cnn-fixed               train_cnn.py --train-size 20000 --flip fixed
+15  cnn-fixed               train_cnn.py --train-size 20000 --flip fixed
 13  bench                   bench.py --runs 30 --fc $folder/fc/best.pt --cnn $folder/cnn-fixed/best.pt
-3   cnn                     train_cnn.py --train-size 5000
-3   cnn-fixed-5000          train_cnn.py --train-size 5000 --flip fixed
-11  cnn-fixed-perceptual    train_cnn.py --train-size 5000 --flip fixed --perceptual --vgg-size 32 --compare $folder/cnn-fixed-5000/best.pt
+2.5 cnn                     train_cnn.py --train-size 3000
+2.5 cnn-fixed-3000          train_cnn.py --train-size 3000 --flip fixed
+10  cnn-fixed-perceptual    train_cnn.py --train-size 3000 --flip fixed --perceptual --vgg-size 32 --compare $folder/cnn-fixed-3000/best.pt
 2   ladder                  -m results.ladder $folder
 "
 
