@@ -19,7 +19,8 @@ constexpr int kWarp = 32;
 constexpr int kFour = 4;  // pixels that a thread moves at once: no bank conflicts, 16 bytes of T
 constexpr int kFew = 3;   // taps whose loop is unrolled (and one more): scales up to 1.5, and 2
 
-// Of a launch. Found with a simulator of sm_90 code; see Tiling for what they bound.
+// Of a launch; see Tiling for what they bound. kBlocks was found with a simulator of sm_90 code;
+// the others are estimates.
 constexpr int kTileHeight = 24, kTileBytes = 256;  // of the target: rows, bytes of T in a row
 constexpr int kChunkRows = 40, kChunkBytes = 512;  // of the source, in shared memory
 constexpr int kShared = 48 * 1024;                 // bytes for a block, without asking for more
