@@ -28,12 +28,15 @@ struct Axis {
   std::vector<int32_t> table;
   std::vector<int64_t> index;
 
-  Axis(int64_t n, std::mt19937& random)
-      : in(1 + random() % (random() % 4 ? 40 : 300)),
-        out(1 + random() % (random() % 4 ? 40 : 300)),
+  Axis(int64_t n, bool small, std::mt19937& random)
+      : in(1 + random() % (small || random() % 4 ? 40 : 300)),
+        out(1 + random() % (small          ? 32
+                            : random() % 4 ? 40
+                                           : 300)),
         variants(1 + random() % 2),
         index(n) {
-    const int64_t taps = 1 + random() % std::min<int64_t>(in, 9), way = random() % 3;
+    const int64_t taps = 1 + random() % std::min<int64_t>(in, random() % 2 ? 3 : 9),
+                  way = random() % 3;
     const int64_t groups = (out + kLanes - 1) / kLanes;
     rows = kHeadRows + taps * static_cast<int64_t>(sizeof(T) / sizeof(int32_t));
     table.resize(variants * groups * rows * kLanes);
@@ -77,8 +80,10 @@ struct Axis {
 
 template <typename T, typename In, typename Out>
 bool agrees(ScalarType from, ScalarType to, double tolerance, std::mt19937& random) {
-  const int64_t n = 1 + random() % 3, in = 1 + random() % 3, out = 1 + random() % 3;
-  const Axis<T> rows(n, random), columns(n, random);
+  const bool small = random() % 2;  // a warp for each image, several images for a warp; or tiles
+  const int64_t n = small ? 8 + random() % 16 : 1 + random() % 3;
+  const int64_t in = 1 + random() % 3, out = 1 + random() % 3;
+  const Axis<T> rows(n, small, random), columns(n, small, random);
   std::vector<In> source(n * in * rows.in * columns.in);
   std::vector<Out> target(n * out * rows.out * columns.out);
   for (In& x : source) x = static_cast<In>(static_cast<float>(random() % 256));
@@ -89,8 +94,8 @@ bool agrees(ScalarType from, ScalarType to, double tolerance, std::mt19937& rand
     return v;
   };
   Mix<T> mix{};
-  mix.in = static_cast<int>(in), mix.out = static_cast<int>(out);
-  for (int64_t i = 0; i < in * out; ++i) mix.mix[i] = T(random() % 4) / 4;
+  mix.in = static_cast<int>(in), mix.out = static_cast<int>(out), mix.clamped = true;
+  for (int64_t i = 0; i < in * out; ++i) mix.mix[i] = T(random() % 4) / 4;  // some are 0
   for (int k = 0; k < out; ++k) mix.bias[k] = T(k), mix.low[k] = T(1), mix.high[k] = T(1e4);
   const Problem p{source.data(),
                   target.data(),
