@@ -62,6 +62,12 @@ def collect(folder: Path) -> None:
             shutil.copy(folder / name / f"{picture}.png", place / f"train-{name}-{picture}.png")
     for path in [*folder.glob("ladder.*"), *(folder / "bench").glob("bench-*")]:
         shutil.copy(path, place)
+        if path.suffix == ".json":
+            text = re.sub(r'("data_dir": )"[/~].*?"', r'\1"$DATA_DIR"', path.read_text())
+            (place / path.name).write_text(text)
+        if path.suffix == ".json":
+            text = re.sub(r'("data_dir": )"[/~].*?"', r'\1"$DATA_DIR"', path.read_text())
+            (place / path.name).write_text(text)
 
 
 @cache
@@ -203,7 +209,7 @@ def ladder() -> str:
     for r in load("ladder")["rows"]:
         counts = [r.get(key) for key in ("parameters", "multiplications", "images_seen")]
         cells = ["" if n is None else f"{n:,}" for n in counts]
-        cells.append(f"{r['seconds']:.2g}" if "seconds" in r else "")
+        cells.append(micros(r.get("seconds")))
         cells += [share(r["accuracy_0.95"]), share(r["accuracy_0.99"])]
         cells += [f"{r['mse']:.2g}", f"{r['max_abs_error']:.2g}"]
         cells += [micros(r.get("us_eager")), micros(r.get("us_compiled"))]

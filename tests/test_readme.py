@@ -15,9 +15,6 @@ from tests.runs import ROOT
 READMES = [tables.README, tables.RESULTS / "README.md"]
 RESULTS = sorted((tables.RESULTS / tables.MACHINE).glob("*.json"))
 SCRIPTS = ["train_fc.py", "train_cnn.py", "bench.py"]
-pytestmark = pytest.mark.skipif(
-    not RESULTS, reason="no results of this version yet: bash results/reproduce.sh"
-)
 
 
 @pytest.mark.parametrize("path", READMES, ids=lambda path: path.parent.name)
