@@ -73,7 +73,7 @@ def main() -> None:
     if args.compare:
         other = ConvNet()
         other.flip = load_checkpoint(Path(args.compare), other)["args"]["flip"]
-        models[Path(args.compare).parent.name] = other.to(device)  # its folder
+        models[Path(args.compare).absolute().parent.name] = other.to(device)
     with distributed.first_rank_first():  # one rank downloads the VGG16
         loss_fn = (
             PerceptualLoss(args.vgg_weights, args.vgg_size) if args.perceptual else nn.MSELoss()
