@@ -14,16 +14,17 @@ export WANDB_MODE=disabled
 
 quick= data=cifar10
 if [ "${1:-}" = --quick ]; then
-    quick="--train-size 64 --epochs 2" data=auto
+    quick="--train-size 64 --epochs 2" data=auto folder=runs/reproduce-quick
     export VGG16_WEIGHTS=${VGG16_WEIGHTS:-random}
+    rm -rf $folder
 elif [ -n "$(git status --porcelain)" ]; then
     echo "reproduce.sh: error: commit your changes first, so that the results name their code" >&2
     exit 2
+else
+    code=$(git rev-parse HEAD:common HEAD:csrc HEAD:train_fc.py HEAD:train_cnn.py HEAD:bench.py |
+        git hash-object --stdin)
+    folder=runs/reproduce-${code:0:7}
 fi
-code=$(git rev-parse HEAD:common HEAD:csrc HEAD:train_fc.py HEAD:train_cnn.py HEAD:bench.py |
-    git hash-object --stdin)
-folder=runs/reproduce-${code:0:7}${quick:+-quick}
-[ -z "$quick" ] || rm -rf "$folder"
 
 # minutes, name, command
 jobs="
