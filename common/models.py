@@ -103,7 +103,8 @@ class Separable(nn.Module):
         red, green, blue = images.unbind(1)
         r, g, b = self.mix[0]
         gray = red * r + green * g + blue * b
-        return (self.rows @ gray @ self.columns.mT).unsqueeze(1)
+        rows = self.rows.expand(len(gray), -1, -1)  # torch.matmul would copy gray, for the gradient
+        return (rows @ gray @ self.columns.mT).unsqueeze(1)
 
 
 def chain_matrix() -> Tensor:
