@@ -1,8 +1,9 @@
-"""Each claim of the report with the measurement of this repository; every verdict is computed."""
+"""Each claim of the report with the measurement of this repository, where every verdict is
+computed; the findings of README; other libraries beside the operator."""
 
 from textwrap import TextWrapper
 
-from results.tables import BATCHED, CHAIN, command, lines, row, run, seconds, share
+from results.tables import BATCHED, CHAIN, bench, command, lines, micros, row, run, seconds, share
 
 
 def verdict(holds: bool) -> str:
@@ -13,13 +14,13 @@ def findings() -> str:
     """What the measurements say, with the commands that give them."""
     fc, closed, separable = run("fc"), run("fc-closed-form"), run("fc-separable")
     learned, fixed = run("cnn"), run("cnn-fixed-3000")
-    micros = {
+    times = {
         name: row(name, "tensor")["us_per_image"]
         for name in ("fc", BATCHED, "fused", "matmul compiled", "separable compiled")
     }
 
     def ratio(name: str, other: str) -> str:
-        return f"{micros[name] / micros[other]:.2g}"
+        return f"{times[name] / times[other]:.2g}"
 
     def right(result: dict) -> str:
         return share(result["test"]["accuracy_0.95"])
@@ -148,3 +149,19 @@ def claims() -> str:
         ),
     ]
     return lines(["claim", "report", "here", "command", "verdict"], *map(list, rows))
+
+
+def libraries() -> str:
+    """Other libraries at the study's chain, each at its fastest batch size, beside the operator."""
+    timed = [r for r in bench()["rows"] if r["protocol"] == "tensor" and r["median_s"]]
+    names = {r["name"] for r in timed if r["peer"]} | {"fused", "fused uint8", BATCHED, CHAIN}
+    body = []
+    for r in sorted((row(name, "tensor") for name in names), key=lambda r: r["us_per_image"]):
+        text = [r["name"], r["dtype"], str(r["batch"]), micros(r["us_per_image"])]
+        text += [f"{r['speedup']:.3g}", f"{255 * r['max_abs_error']:.2g}"]
+        if r["peer"]:
+            text += [f"{r['mean_levels']:.2g}", share(r["equal_share"]), r["note"]]
+        body.append([*text, *[""] * (9 - len(text))])
+    head = ["", "takes", "batch", "us per image", f"times as fast as {BATCHED}",
+            "largest error in levels", "mean", "equal", "version"]  # fmt: skip
+    return lines(head, *body)

@@ -42,7 +42,7 @@ jobs="
 1   fc-separable            train_fc.py --model separable
 0.2 fc-separable-closed-form train_fc.py --model separable --init closed-form --epochs 0
 15  cnn-fixed               train_cnn.py --train-size 20000 --flip fixed
-13  bench                   bench.py --runs 30 --fc $folder/fc/best.pt --cnn $folder/cnn-fixed/best.pt
+16  bench                   bench.py --runs 30 --peers --fc $folder/fc/best.pt --cnn $folder/cnn-fixed/best.pt
 2.5 cnn                     train_cnn.py --train-size 3000
 2.5 cnn-fixed-3000          train_cnn.py --train-size 3000 --flip fixed
 10  cnn-fixed-perceptual    train_cnn.py --train-size 3000 --flip fixed --perceptual --vgg-size 32 --compare $folder/cnn-fixed-3000/best.pt
