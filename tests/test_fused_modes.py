@@ -148,6 +148,14 @@ def test_exported_program_loads_after_the_import_alone(tmp_path):
     subprocess.run([sys.executable, "-c", code, path], cwd=ROOT, check=True)
 
 
+def test_program_compiled_ahead_of_time(tmp_path):
+    exported = torch.export.export(Doubled(), (X.float(),))
+    path = str(tmp_path / "program.pt2")
+    torch._inductor.aoti_compile_and_package(exported, package_path=path)
+    compiled = torch._inductor.aoti_load_package(path)
+    assert torch.equal(compiled(X.float()), Doubled()(X.float()))
+
+
 def test_what_is_kept_serves_after_inference_mode_and_fakes():
     with torch.inference_mode():
         fused_transform(torch.rand(1, 3, 33, 21), (5, 9))
