@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision import models, tv_tensors
-from torchvision.transforms import v2
+from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as F
 
 from common.fused import fuse
@@ -27,11 +27,11 @@ from tests.chains import (
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L"])
-@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("interpolation", ["BILINEAR", "BICUBIC"])
 def test_pil_images(mode, interpolation):
     image, n = pil(mode=mode), len(mode)
     chain = [
-        v2.Resize(20, interpolation=interpolation),
+        v2.Resize(20, interpolation=InterpolationMode[interpolation]),
         v2.RandomCrop(24, pad_if_needed=True),
         v2.ToImage(),
         v2.ToDtype(torch.float32, scale=True),

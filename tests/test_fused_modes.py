@@ -148,6 +148,10 @@ def test_exported_program_loads_after_the_import_alone(tmp_path):
     subprocess.run([sys.executable, "-c", code, path], cwd=ROOT, check=True)
 
 
+@pytest.mark.skipif(
+    torch.__version__ < (2, 14),
+    reason="AOTInductor of torch 2.11 hands over other bands, which the operator refuses",
+)
 def test_program_compiled_ahead_of_time(tmp_path):
     exported = torch.export.export(Doubled(), (X.float(),))
     path = str(tmp_path / "program.pt2")

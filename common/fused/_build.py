@@ -93,6 +93,6 @@ def _reason(error: Exception) -> str:
     log = f"{error.stdout or ''}\n{error.stderr or ''}".splitlines()
     lines = [line for line in log if "error" in line.lower() or "not found" in line]
     return (
-        "It needs a C++17 compiler (or $CXX), ninja and setuptools >= 77.\nFor the whole log run in "
-        f"{ROOT}:\n  {COMMAND}\nFrom the log:\n" + "\n".join(lines[-8:])
+        "It needs a C++17 compiler (or $CXX), ninja and setuptools >= 77.\nFor the whole log run "
+        f"in {ROOT}:\n  {COMMAND}\nFrom the log:\n" + "\n".join(lines[-8:])
     )
