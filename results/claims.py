@@ -2,7 +2,8 @@
 
 from textwrap import TextWrapper
 
-from results.tables import BATCHED, CHAIN, command, lines, row, run, seconds, share
+from common.timing import BATCHED, SEQUENTIAL
+from results.tables import command, lines, row, run, seconds, share
 
 
 def verdict(holds: bool) -> str:
@@ -49,7 +50,7 @@ def findings() -> str:
 def claims() -> str:
     fc, window, closed = run("fc"), run("fc-window"), run("fc-closed-form")
     learned, fixed, whole = run("cnn"), run("cnn-fixed-3000"), run("cnn-fixed")
-    chain, net, cnn = (row(name, "report") for name in (CHAIN, "fc", "cnn"))
+    chain, net, cnn = (row(name, "report") for name in (SEQUENTIAL, "fc", "cnn"))
     loader, batched, fused = (row(name, "report") for name in ("copy", BATCHED, "fused"))
     both = run("cnn-fixed-perceptual")
     (mse,) = both["others"].values()

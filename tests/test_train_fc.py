@@ -11,6 +11,7 @@ import torch
 
 import train_fc
 from common import UserError, checkpoints, figures
+from common import run as run_module
 from common.early_stopping import EarlyStopping
 from common.models import FullyConnected
 from tests.runs import (
@@ -199,6 +200,8 @@ def test_wandb_never_ends_a_run(tmp_path, monkeypatch, capsys, fault):
         (["--lr", "-1"], "--lr"),
         (["--lr", "nan"], "--lr: nan is not a number"),
         (["--lr", "inf"], "--lr: inf is too large"),
+        (["--min-delta", "nan"], "--min-delta: nan is not a number"),
+        (["--seed", "1" + 30 * "0"], "too large"),
         (["--out", ""], "--out: the path is empty"),
         (["--resume", "--overwrite"], "give one of them"),
         (["--lr", "0"], "--lr"),
@@ -249,7 +252,11 @@ def test_resume_refuses_and_keeps_other_checkpoints(capsys, finished, tmp_path, 
     assert last.read_bytes() == before
 
 
-def test_diverged_run_keeps_the_last_finite_checkpoint(monkeypatch, capsys, finished, tmp_path):
+@pytest.mark.parametrize("save_every", [run_module.SAVE_EVERY, 0], ids=["epoch", "step"])
+def test_diverged_run_keeps_the_last_finite_checkpoint(
+    monkeypatch, capsys, finished, tmp_path, save_every
+):
+    monkeypatch.setattr(run_module, "SAVE_EVERY", save_every)
     for name in ("last.pt", "best.pt"):
         (tmp_path / name).write_bytes((finished[0] / name).read_bytes())
     monkeypatch.setattr(
