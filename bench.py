@@ -165,12 +165,13 @@ def trained(make: Callable[[], nn.Module], path: str | None) -> tuple[nn.Module,
 def flags() -> argparse.Namespace:
     p = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     count, newest = cli.number(int, 1), "(default: the newest under runs/)"
-    p.add_argument("--runs", type=count, default=30, help="passes of each row (%(default)s)")
-    p.add_argument("--images", type=count, default=10_000, help="%(default)s")
-    p.add_argument("--batch-size", type=count, default=100, help="%(default)s")
-    p.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
-    p.add_argument("--data", choices=["auto", "cifar10", "synthetic"], default="auto")
-    cli.data_dir(p)
+    p.add_argument(
+        "--runs", type=count, default=30, help="passes of each row (default: %(default)s)"
+    )
+    p.add_argument("--images", type=count, default=10_000, help="default: %(default)s")
+    p.add_argument("--batch-size", type=count, default=100, help="default: %(default)s")
+    cli.choice(p, "--device", "auto", "cpu", "cuda", note=", both")
+    cli.data_flags(p)
     p.add_argument("--fc", type=cli.path, help=f"checkpoint of train_fc.py {newest}")
     p.add_argument("--cnn", type=cli.path, help=f"checkpoint of train_cnn.py {newest}")
     p.add_argument("--peers", action="store_true", help="time other libraries too")

@@ -51,8 +51,10 @@ def main() -> None:
         metavar="{imagenet,random,PATH}",
         help="default: $VGG16_WEIGHTS, else imagenet",
     )
-    parser.add_argument("--vgg-size", type=cli.number(int, 32), default=224, help="pixels")
-    parser.add_argument("--flip", choices=["learned", "fixed"], default="learned")
+    parser.add_argument(
+        "--vgg-size", type=cli.number(int, 32), default=224, help="pixels (default: 224)"
+    )
+    cli.choice(parser, "--flip", "learned", "fixed")
     parser.add_argument("--plain", action="store_true", help="no CPU fast path (FAST_CPU=0)")
     parser.add_argument(
         "--compare", type=cli.path, metavar="PATH", help="best.pt of another CNN, shown beside it"

@@ -55,31 +55,35 @@ def path(text: str) -> str:
     return os.path.expanduser(text)
 
 
-def parser(doc: str, *, epochs: int, batch_size: int, lr: float) -> Parser:
-    """A parser with the flags of both training scripts. doc: the script's docstring."""
-    p = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parser(
+    doc: str, *, epochs: int, batch_size: int, lr: float, min_delta: float = 1e-6, **settings
+) -> Parser:
+    """A parser with the flags of both training scripts. doc: the script's docstring; settings: of
+    argparse.ArgumentParser."""
+    formatter = argparse.RawDescriptionHelpFormatter
+    p = Parser(description=doc, formatter_class=formatter, **settings)
     count = number(int, 1)
     # data
-    p.add_argument("--data", choices=["auto", "cifar10", "synthetic"], default="auto")
-    data_dir(p)
-    p.add_argument("--test-data", choices=["same", "cifar10", "synthetic"], default="same")
+    data_flags(p)
+    choice(p, "--test-data", "same", "cifar10", "synthetic", note=", as --data")
     p.add_argument(
         "--train-size",
         type=number(int, 2),
         metavar="N",
-        help="images; a tenth of them is the validation set",
+        help="images, of which a tenth is the validation set (default: all 50,000)",
     )
     # training
-    p.add_argument("--epochs", type=number(int, 0), default=epochs, help="at most (%(default)s)")
-    p.add_argument("--batch-size", type=count, default=batch_size, help="%(default)s")
-    p.add_argument("--lr", type=number(float, 0, above=True), default=lr, help="%(default)s")
-    p.add_argument("--seed", type=number(int, 0), default=0, help="%(default)s")
-    p.add_argument("--patience", type=count, default=10, help="epochs (%(default)s)")
-    p.add_argument("--min-delta", type=number(float, 0), default=1e-6, help="%(default)s")
-    p.add_argument("--stop-rule", choices=["patience", "window"], default="patience")
+    shown = "default: %(default)s"
+    p.add_argument("--epochs", type=number(int, 0), default=epochs, help=f"at most; {shown}")
+    p.add_argument("--batch-size", type=count, default=batch_size, help=shown)
+    p.add_argument("--lr", type=number(float, 0, above=True), default=lr, help=shown)
+    p.add_argument("--seed", type=number(int, 0), default=0, help=shown)
+    p.add_argument("--patience", type=count, default=10, help=f"epochs; {shown}")
+    p.add_argument("--min-delta", type=number(float, 0), default=min_delta, help=shown)
+    choice(p, "--stop-rule", "patience", "window")
     # machine
-    p.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
-    p.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
+    choice(p, "--device", "auto", "cpu", "cuda", note=", a GPU where there is one")
+    choice(p, "--precision", "fp32", "bf16")
     # output
     p.add_argument("--out", type=path, help="the run's folder (default: runs/ and the variant)")
     p.add_argument(
@@ -94,13 +98,20 @@ def parser(doc: str, *, epochs: int, batch_size: int, lr: float) -> Parser:
         "--wandb",
         choices=["online", "offline", "disabled"],
         default=os.environ.get("WANDB_MODE") or "offline",
+        help="default: $WANDB_MODE, else offline",
     )
     p.add_argument("--dry-run", action="store_true", help="2 epochs on a few images, in seconds")
     return p
 
 
-def data_dir(p: Parser) -> None:
-    """Adds --data-dir."""
+def choice(p: Parser, flag: str, *values: str, note: str = "") -> None:
+    """Adds a flag that takes one of `values`, by default the first."""
+    p.add_argument(flag, choices=values, default=values[0], help=f"default: %(default)s{note}")
+
+
+def data_flags(p: Parser) -> None:
+    """Adds --data and --data-dir."""
+    choice(p, "--data", "auto", "cifar10", "synthetic", note=", CIFAR-10 where --data-dir holds it")
     default = os.environ.get("DATA_DIR") or "data"
     p.add_argument("--data-dir", type=path, default=default, help="default: $DATA_DIR, else data")
 

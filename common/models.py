@@ -113,7 +113,7 @@ def chain_matrix() -> Tensor:
     return reference_transform(pixels).flatten(1)
 
 
-ALS_IMAGES = 16  # enough in every trial, 12 in most: results/ladder.json
+ALS_IMAGES = 16  # enough in every trial, 12 in most: the ladder in results/README.md
 ALS_AT_LEAST = 12
 
 

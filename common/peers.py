@@ -5,6 +5,7 @@ from collections.abc import Callable
 from importlib.metadata import version
 from typing import NamedTuple
 
+import numpy as np
 import PIL
 import torch
 from torch import Tensor
@@ -50,6 +51,11 @@ def passes(name: str, peer: Peer, absent: list[str], *arguments) -> Pass | None:
     return None
 
 
+def arrays(images: Tensor) -> list[np.ndarray]:
+    """The images as decoders return them: (H, W, 3)."""
+    return list(images.permute(0, 2, 3, 1).contiguous().numpy())
+
+
 def opencv(images: Tensor, batch: int, device: torch.device) -> Pass:
     """cv2 on uint8 images, one by one; INTER_AREA is its antialiased filter, a box."""
     import cv2
@@ -58,19 +64,18 @@ def opencv(images: Tensor, batch: int, device: torch.device) -> Pass:
         gray = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
         return cv2.flip(cv2.resize(gray, SIZE, interpolation=cv2.INTER_AREA), -1)
 
-    return list(images.permute(0, 2, 3, 1).contiguous().numpy()), step
+    return arrays(images), step
 
 
 def pillow(images: Tensor, batch: int, device: torch.device) -> Pass:
     """Pillow on uint8 images, one by one; its bilinear filter is antialiased, and rounds."""
-    import numpy as np
     from PIL import Image
 
     def step(image):
         gray = Image.fromarray(image).convert("L").resize(SIZE, Image.Resampling.BILINEAR)
         return np.asarray(gray.transpose(Image.Transpose.ROTATE_180))
 
-    return list(images.permute(0, 2, 3, 1).contiguous().numpy()), step
+    return arrays(images), step
 
 
 def kornia_rs(images: Tensor, batch: int, device: torch.device) -> Pass:
@@ -81,7 +86,7 @@ def kornia_rs(images: Tensor, batch: int, device: torch.device) -> Pass:
         small = imgproc.resize(image, SIZE, "bilinear")
         return imgproc.gray_from_rgb(imgproc.vertical_flip(imgproc.horizontal_flip(small)))
 
-    return list(images.permute(0, 2, 3, 1).contiguous().numpy()), step
+    return arrays(images), step
 
 
 def albumentations(images: Tensor, batch: int, device: torch.device) -> Pass:
@@ -97,8 +102,7 @@ def albumentations(images: Tensor, batch: int, device: torch.device) -> Pass:
             A.VerticalFlip(p=1),
         ]
     )
-    arrays = list(images.permute(0, 2, 3, 1).contiguous().numpy())
-    return arrays, lambda image: chain(image=image)["image"]
+    return arrays(images), lambda image: chain(image=image)["image"]
 
 
 def kornia(images: Tensor, batch: int, device: torch.device) -> Pass:

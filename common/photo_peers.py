@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.peers import BOTH, PILLOW, Pass, Peer
+from common.peers import BOTH, PILLOW, Pass, Peer, arrays
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SIDE, SHORT = 224, 256
@@ -27,11 +27,6 @@ class Draw(NamedTuple):
 # A peer takes uint8 photographs (N, 3, H, W), of one size, for each of them a draw or None for the
 # chain without random numbers, and a device. It raises ImportError where it is not installed and
 # returns the items of a pass and the step that turns an item into a result.
-
-
-def arrays(images: Tensor, draws: list[Draw | None]) -> list[tuple[np.ndarray, Draw | None]]:
-    """The photographs as decoders return them: (H, W, 3)."""
-    return list(zip(images.permute(0, 2, 3, 1).contiguous().numpy(), draws, strict=True))
 
 
 def middle(height: int, width: int) -> tuple[int, int, int, int]:
@@ -64,7 +59,7 @@ def opencv(images: Tensor, draws: list[Draw | None], device: torch.device) -> Pa
         image = cv2.resize(image, (SIDE, SIDE), interpolation=kind)
         return normalise(cv2.flip(image, 1) if draw.flip else image)
 
-    return arrays(images, draws), step
+    return list(zip(arrays(images), draws, strict=True)), step
 
 
 def pillow(images: Tensor, draws: list[Draw | None], device: torch.device) -> Pass:
@@ -85,7 +80,7 @@ def pillow(images: Tensor, draws: list[Draw | None], device: torch.device) -> Pa
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         return normalise(np.asarray(image))
 
-    return [(Image.fromarray(image), draw) for image, draw in arrays(images, draws)], step
+    return list(zip(map(Image.fromarray, arrays(images)), draws, strict=True)), step
 
 
 def kornia_rs(images: Tensor, draws: list[Draw | None], device: torch.device) -> Pass:
@@ -104,7 +99,7 @@ def kornia_rs(images: Tensor, draws: list[Draw | None], device: torch.device) ->
         image = imgproc.horizontal_flip(image) if flip else image
         return pipeline.resize_normalize_to_tensor(image, (SIDE, SIDE), MEAN, STD)
 
-    return arrays(images, draws), step
+    return list(zip(arrays(images), draws, strict=True)), step
 
 
 def albumentations(images: Tensor, draws: list[Draw | None], device: torch.device) -> Pass:
@@ -116,7 +111,7 @@ def albumentations(images: Tensor, draws: list[Draw | None], device: torch.devic
     if draws[0]:
         head = [A.RandomResizedCrop((SIDE, SIDE)), A.HorizontalFlip()]
     chain = A.Compose([*head, A.Normalize(MEAN, STD), ToTensorV2()])
-    return [image for image, _ in arrays(images, draws)], lambda image: chain(image=image)["image"]
+    return arrays(images), lambda image: chain(image=image)["image"]
 
 
 def kornia(images: Tensor, draws: list[Draw | None], device: torch.device) -> Pass:

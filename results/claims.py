@@ -3,7 +3,8 @@ computed; the findings of README; other libraries beside the operator."""
 
 from textwrap import TextWrapper
 
-from results.tables import BATCHED, CHAIN, bench, command, lines, micros, row, run, seconds, share
+from common.timing import BATCHED, SEQUENTIAL
+from results.tables import bench, command, lines, micros, row, run, seconds, share
 
 
 def verdict(holds: bool) -> str:
@@ -50,7 +51,7 @@ def findings() -> str:
 def claims() -> str:
     fc, window, closed = run("fc"), run("fc-window"), run("fc-closed-form")
     learned, fixed, whole = run("cnn"), run("cnn-fixed-3000"), run("cnn-fixed")
-    chain, net, cnn = (row(name, "report") for name in (CHAIN, "fc", "cnn"))
+    chain, net, cnn = (row(name, "report") for name in (SEQUENTIAL, "fc", "cnn"))
     loader, batched, fused = (row(name, "report") for name in ("copy", BATCHED, "fused"))
     both = run("cnn-fixed-perceptual")
     (mse,) = both["others"].values()
@@ -154,7 +155,7 @@ def claims() -> str:
 def libraries() -> str:
     """Other libraries at the study's chain, each at its fastest batch size, beside the operator."""
     timed = [r for r in bench()["rows"] if r["protocol"] == "tensor" and r["median_s"]]
-    names = {r["name"] for r in timed if r["peer"]} | {"fused", "fused uint8", BATCHED, CHAIN}
+    names = {r["name"] for r in timed if r["peer"]} | {"fused", "fused uint8", BATCHED, SEQUENTIAL}
     body = []
     for r in sorted((row(name, "tensor") for name in names), key=lambda r: r["us_per_image"]):
         text = [r["name"], r["dtype"], str(r["batch"]), micros(r["us_per_image"])]

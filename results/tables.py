@@ -17,23 +17,15 @@ from functools import cache
 from pathlib import Path
 
 from common import UserError, cli, report, tables
+from common.timing import BATCHED, SEQUENTIAL
 
 RESULTS = Path(__file__).resolve().parent
 README = RESULTS.parent / "README.md"
 MACHINE = "amd-epyc-avx2"  # the folder that the READMEs show
 CODE = ("common", "csrc", "train_fc.py", "train_cnn.py", "bench.py")
 BLOCK = re.compile(r"(?s)(<!-- (\w+): drawn by python -m results.tables -->\n).*?(<!--)")
-CHAIN, BATCHED = "torchvision sequential", "torchvision batched"
-SPEED = (
-    "fused uint8",
-    "fused",
-    "matmul compiled",
-    "separable compiled",
-    "fc",
-    BATCHED,
-    CHAIN,
-    "cnn",
-)
+SPEED = ("fused uint8", "fused", "matmul compiled", "separable compiled", "fc", BATCHED, SEQUENTIAL,
+         "cnn")  # fmt: skip
 SEEDS = ("fc", *(f"fc-seed{n}" for n in range(1, 5)))
 PICTURES = {"fc": ("loss", "samples"), "cnn": ("samples",), "cnn-fixed-perceptual": ("samples",)}
 
@@ -47,12 +39,13 @@ def collect(folder: Path) -> None:
     ladder = json.loads((folder / "ladder.json").read_text())
     environment = ladder["environment"] | report.hardware()
     place = RESULTS / report.machine_name(environment, gpu=environment["gpu"] is not None)
-    shutil.rmtree(place, ignore_errors=True)
-    place.mkdir()
-    for path in sorted(folder.glob("*/metrics.json")):
-        result = json.loads(path.read_text())
+    runs = {path: json.loads(path.read_text()) for path in sorted(folder.glob("*/metrics.json"))}
+    for path, result in runs.items():
         if not result["environment"]["clean"]:
             raise UserError(f"{path} comes from code that was not committed")
+    shutil.rmtree(place, ignore_errors=True)
+    place.mkdir()
+    for path, result in runs.items():
         for key in ("data_dir", "vgg_weights"):  # paths of this machine say nothing to others
             if str(result["args"].get(key)).startswith(("/", "~")):
                 result["args"][key] = f"${'DATA_DIR' if key == 'data_dir' else 'VGG16_WEIGHTS'}"
@@ -62,9 +55,6 @@ def collect(folder: Path) -> None:
             shutil.copy(folder / name / f"{picture}.png", place / f"train-{name}-{picture}.png")
     for path in [*folder.glob("ladder.*"), *(folder / "bench").glob("bench-*")]:
         shutil.copy(path, place)
-        if path.suffix == ".json":
-            text = re.sub(r'("data_dir": )"[/~].*?"', r'\1"$DATA_DIR"', path.read_text())
-            (place / path.name).write_text(text)
         if path.suffix == ".json":
             text = re.sub(r'("data_dir": )"[/~].*?"', r'\1"$DATA_DIR"', path.read_text())
             (place / path.name).write_text(text)
@@ -169,16 +159,8 @@ def accuracy() -> str:
         took = (str(each["epochs"]), images, seconds(each["seconds"])) if each["epochs"] else ()
         body.append(cells(f"`{command(each)}`", each["test"], *took))
     body.append(cells("ceiling: the best rank-128 affine map", run("fc")["ceiling"]))
-    head = [
-        "",
-        "cosine >= 0.95",
-        ">= 0.99",
-        "PSNR",
-        "largest error",
-        "epochs",
-        "images",
-        "training",
-    ]
+    head = ["", "cosine >= 0.95", ">= 0.99", "PSNR", "largest error", "epochs", "images",
+            "training"]  # fmt: skip
     return f"{lines(head, *body)}\n{run('fc')['data']['test']:,} test images. {place()}.\n"
 
 

@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -213,11 +212,12 @@ def test_batch_size_is_limited_to_the_training_images(tmp_path):
     assert json.loads((tmp_path / "metrics.json").read_text())["args"]["batch_size"] == 18
 
 
-@pytest.mark.parametrize("flag", ["--lr", "--min-delta"])
-def test_nan_flag_is_refused(tmp_path, capsys, flag):
-    assert f"{flag}: nan is not a number" in refused(
-        capsys, train_fc, flag, "nan", "--out", tmp_path
-    )
+def test_help_shows_the_defaults_of_the_model(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["train_fc.py", "--model", "separable", "--help"])
+    with pytest.raises(SystemExit):
+        train_fc.main()
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "--epochs EPOCHS at most; default: 6 --batch-size BATCH_SIZE default: 32" in shown
 
 
 @pytest.mark.parametrize("factor", [1, 20])
@@ -228,7 +228,3 @@ def test_slow_bfloat16_is_reported_with_its_factor(tmp_path, capsys, monkeypatch
     run_script(train_fc, *flags)
     err = capsys.readouterr().err
     assert err.count("bf16 is 20 times slower than fp32") == (factor > 1)
-
-
-def test_path_type_keeps_relative_paths():
-    assert cli.path("a/b") == str(Path("a/b"))

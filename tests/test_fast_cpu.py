@@ -1,9 +1,7 @@
 """The CNN's fast path gives what the layers give, and its switch."""
 
 import copy
-import os
-import subprocess
-import sys
+import importlib.util
 import warnings
 
 import pytest
@@ -22,7 +20,6 @@ from tests.nets import (
     plainly,
     some_images,
 )
-from tests.runs import ROOT
 
 pytestmark = pytest.mark.usefixtures("fast_wherever_possible")
 
@@ -162,15 +159,17 @@ def test_float32_is_plain_and_bfloat16_fast_where_the_processor_has_it(monkeypat
         assert (fast_cpu.status()["cnn"] == "fast") == native
 
 
-def test_the_environment_switches_it_off():
-    code = "from common import fast_cpu, models; import torch; fast_cpu._native_bf16 = lambda: 1\n"
-    code += "models.ConvNet().bfloat16()(torch.rand(1, 3, 9, 9).bfloat16())\n"
-    code += "print(fast_cpu.status()['cnn'])"
-    result = subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, "FAST_CPU": "0"}, cwd=ROOT, capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    assert result.stdout.strip() == "switched off"
+@pytest.mark.parametrize("setting", ["0", "1"])
+def test_the_environment_switches_it_off(setting, monkeypatch):
+    """In a new copy of the module, as it reads the variable when it is imported."""
+    monkeypatch.setenv("FAST_CPU", setting)
+    spec = importlib.util.spec_from_file_location("copy_of_fast_cpu", fast_cpu.__file__)
+    fresh = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(fresh)
+    monkeypatch.setattr(fresh, "_native_bf16", lambda: True)
+    images = torch.rand(1, 3, 9, 9).bfloat16()
+    assert fresh.can_run_net(ConvNet().bfloat16().layers, images) == (setting == "1")
+    assert fresh.status()["cnn"] == ("fast" if setting == "1" else "switched off")
 
 
 def test_without_a_private_name_the_layers_run(unchecked, monkeypatch):

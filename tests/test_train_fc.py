@@ -1,7 +1,6 @@
 """train_fc.py as a user runs it: output files, resume and errors."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -11,6 +10,7 @@ import torch
 
 import train_fc
 from common import UserError, checkpoints, figures
+from common import run as run_module
 from common.early_stopping import EarlyStopping
 from common.models import FullyConnected
 from tests.runs import (
@@ -19,6 +19,7 @@ from tests.runs import (
     assert_equal_runs,
     history,
     interrupt_at,
+    quiet_environment,
     refused,
     run_script,
     same,
@@ -31,19 +32,15 @@ def run(*args, code=0):
     run_script(train_fc, *args, code=code)
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """An uninterrupted run of two epochs in a subprocess: its folder and its stdout."""
-    out = tmp_path_factory.mktemp("finished")
+def test_run_writes_documented_files(finished, tmp_path):
+    """In a process of its own, with the same bits as in another."""
+    out = tmp_path / "run"
     command = [sys.executable, str(ROOT / "train_fc.py"), *SMALL, "--out", str(out)]
-    environment = {**os.environ, "WANDB_MODE": "disabled"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        command, env=quiet_environment(), capture_output=True, text=True, check=True
+    )
     assert "it/s" not in done.stderr  # no progress bar without a terminal
-    return out, done.stdout
-
-
-def test_run_writes_documented_files(finished):
-    out, text = finished
+    text = done.stdout
     assert {path.name for path in out.iterdir()} == DOCUMENTED
     lines = [json.loads(line) for line in (out / "history.jsonl").read_text().splitlines()]
     assert [line["epoch"] for line in lines] == [1, 2]
@@ -64,19 +61,13 @@ def test_run_writes_documented_files(finished):
     assert "ceiling" in text
     for name in ("loss.png", "samples.png"):
         assert (out / name).read_bytes().startswith(b"\x89PNG")
-
-
-def test_same_seed_is_bit_identical(finished, tmp_path):
-    run(*SMALL, "--epochs", 2, "--out", tmp_path)
-    for name in ("best.pt", "last.pt"):
-        first, second = (torch.load(path / name)["model"] for path in (finished[0], tmp_path))
-        assert same(first, second)
+    assert_equal_runs(out, finished)
 
 
 def test_resume_between_epochs_is_bit_identical(finished, tmp_path):
     run(*SMALL, "--epochs", 1, "--out", tmp_path)
     run(*SMALL, "--epochs", 2, "--out", tmp_path, "--resume")
-    assert_equal_runs(tmp_path, finished[0])
+    assert_equal_runs(tmp_path, finished)
 
 
 # an epoch has nine steps
@@ -91,7 +82,7 @@ def test_resume_within_an_epoch_is_bit_identical(
     assert len(begun) == step  # the step was completed and no other started
     assert "--resume" in capsys.readouterr().err
     run(*SMALL, "--epochs", 2, "--out", tmp_path, "--resume")
-    assert_equal_runs(tmp_path, finished[0])
+    assert_equal_runs(tmp_path, finished)
 
 
 def test_best_weights_are_kept_without_early_stopping(tmp_path):
@@ -155,7 +146,7 @@ def test_closed_form_says_how_many_images_it_needs(capsys, tmp_path):
 
 
 def test_checkpoint_of_another_model_is_refused(capsys, finished, tmp_path):
-    (tmp_path / "last.pt").write_bytes((finished[0] / "last.pt").read_bytes())
+    (tmp_path / "last.pt").write_bytes((finished / "last.pt").read_bytes())
     err = refused(capsys, train_fc, *SMALL, "--model", "separable", "--out", tmp_path, "--resume")
     assert "is of another model than Separable" in err
 
@@ -199,6 +190,8 @@ def test_wandb_never_ends_a_run(tmp_path, monkeypatch, capsys, fault):
         (["--lr", "-1"], "--lr"),
         (["--lr", "nan"], "--lr: nan is not a number"),
         (["--lr", "inf"], "--lr: inf is too large"),
+        (["--min-delta", "nan"], "--min-delta: nan is not a number"),
+        (["--seed", "1" + 30 * "0"], "too large"),
         (["--out", ""], "--out: the path is empty"),
         (["--resume", "--overwrite"], "give one of them"),
         (["--lr", "0"], "--lr"),
@@ -235,7 +228,7 @@ def test_unwritable_out_is_refused(capsys, tmp_path):
 @pytest.mark.parametrize("fault", ["cut", "other model", "not a checkpoint", "other seed"])
 def test_resume_refuses_and_keeps_other_checkpoints(capsys, finished, tmp_path, fault):
     last = tmp_path / "last.pt"
-    content = (finished[0] / "last.pt").read_bytes()
+    content = (finished / "last.pt").read_bytes()
     last.write_bytes(content[: len(content) // 2] if fault == "cut" else content)
     if fault == "other model":
         torch.save(torch.load(last) | {"model": {"weight": torch.zeros(1)}}, last)
@@ -249,16 +242,20 @@ def test_resume_refuses_and_keeps_other_checkpoints(capsys, finished, tmp_path, 
     assert last.read_bytes() == before
 
 
-def test_diverged_run_keeps_the_last_finite_checkpoint(monkeypatch, capsys, finished, tmp_path):
+@pytest.mark.parametrize("save_every", [run_module.SAVE_EVERY, 0], ids=["epoch", "step"])
+def test_diverged_run_keeps_the_last_finite_checkpoint(
+    monkeypatch, capsys, finished, tmp_path, save_every
+):
+    monkeypatch.setattr(run_module, "SAVE_EVERY", save_every)
     for name in ("last.pt", "best.pt"):
-        (tmp_path / name).write_bytes((finished[0] / name).read_bytes())
+        (tmp_path / name).write_bytes((finished / name).read_bytes())
     monkeypatch.setattr(
         torch.nn.functional, "mse_loss", lambda *args, **kw: args[0].sum() * torch.nan
     )
     err = refused(capsys, train_fc, *SMALL, "--epochs", 4, "--out", tmp_path, "--resume")
     assert "no longer finite" in err
     for name in ("last.pt", "best.pt"):
-        assert (tmp_path / name).read_bytes() == (finished[0] / name).read_bytes()
+        assert (tmp_path / name).read_bytes() == (finished / name).read_bytes()
 
 
 def test_failed_write_keeps_the_old_file(tmp_path):
