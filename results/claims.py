@@ -21,7 +21,7 @@ def findings() -> str:
     }
 
     def ratio(name: str, other: str) -> str:
-        return f"{times[name] / times[other]:.2g}"
+        return f"{times[name] / times[other]:.2f}"
 
     def right(result: dict) -> str:
         return share(result["test"]["accuracy_0.95"])
