@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Makes every file of results/ on this machine, from one commit:
 #
-#     bash results/reproduce.sh            about 80 minutes on two cores with AVX2
+#     bash results/reproduce.sh            about 70 minutes on two cores with AVX2
 #     bash results/reproduce.sh --quick    the same on few images, in minutes; results/ is not touched
 #
 # Each run's folder lies in runs/reproduce-CODE/, by a digest of the code. What is complete there is
