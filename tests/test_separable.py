@@ -6,7 +6,7 @@ from torch import nn
 
 from common import UserError
 from common.data import synthetic, to_float
-from common.models import ALS_IMAGES, Linear, Separable, closed_form_
+from common.models import ALS_AT_LEAST, ALS_IMAGES, Linear, Separable, closed_form_
 from common.transforms import GRAY_WEIGHTS, _resize_matrix, reference_transform
 
 # A pixel of the output is a weighted mean of 3 * 32 * 32 values in [0, 1] of which at most
@@ -66,6 +66,12 @@ def test_closed_form_takes_the_first_images_alone():
     closed_form_(models[1], to_float(images), targets)
     for one, two in zip(*(model.parameters() for model in models), strict=True):
         assert torch.allclose(one, two, rtol=0, atol=1e-6)
+
+
+def test_closed_form_says_how_many_images_it_needs():
+    images = synthetic(ALS_AT_LEAST - 1, seed=0)
+    with pytest.raises(UserError, match=f"needs {ALS_AT_LEAST} training images"):
+        closed_form_(Separable(), images, reference_transform(images))
 
 
 def refused(images: torch.Tensor, match: str) -> None:

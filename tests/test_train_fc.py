@@ -191,7 +191,7 @@ def test_wandb_never_ends_a_run(tmp_path, monkeypatch, capsys, fault):
         (["--lr", "nan"], "--lr: nan is not a number"),
         (["--lr", "inf"], "--lr: inf is too large"),
         (["--min-delta", "nan"], "--min-delta: nan is not a number"),
-        (["--seed", "1" + 30 * "0"], "too large"),
+        *(([flag, "1" + 30 * "0"], "too large") for flag in ("--seed", "--train-size", "--epochs")),
         (["--out", ""], "--out: the path is empty"),
         (["--resume", "--overwrite"], "give one of them"),
         (["--lr", "0"], "--lr"),
