@@ -56,7 +56,7 @@ struct Bands {
     return v < 0 ? 0 : v < variants ? v : variants - 1;  // on a GPU nobody has checked it
   }
   FUSED_HD const int32_t* table(int64_t n) const {
-    return data + variant(n) * groups * rows * kLanes;
+    return index ? data + variant(n) * groups * rows * kLanes : data;
   }
 };
 

@@ -48,7 +48,7 @@ class Launch {
 #error "fused_cuda.cu must be compiled by nvcc"
 #endif
 
-#include "fused_cuda_kernel.h"
+#include "fused_cuda_small.h"
 
 namespace fused {
 namespace {
@@ -72,7 +72,6 @@ Load load_of(const Problem& p, int channels) {
   return !fours ? Load::kAny : interleaved ? Load::kInterleaved : Load::kPlanes;
 }
 
-// A tile for each warp where whole images are small enough, else for each block.
 template <typename T>
 Tiling tiling_of(const Problem& p, int64_t processors) {
   const int64_t height = p.rows.out, width = p.columns.out;
@@ -87,22 +86,9 @@ Tiling tiling_of(const Problem& p, int64_t processors) {
     const int end = alias ? t.sums + t.height * t.pitch : t.tile + t.height * t.width;
     t.bytes = static_cast<int>(whole_fours(end) * sizeof(T));
   };
-  t.whole = true, t.down = t.across = 1;
-  if (sizeof(T) == 4 && width <= kWarp && p.columns.in <= kWarp * kFour && height <= 256 &&
-      p.rows.in <= 256 && p.images >= kWarpImages * processors) {
-    t.height = static_cast<int>(height), t.width = static_cast<int>(width);
-    t.chunk_rows = static_cast<int>(p.rows.in);
-    t.pitch = static_cast<int>(whole_fours(p.columns.in));
-    lay_out(true);
-    if (t.bytes <= kShared / (kThreads / kWarp)) {
-      t.tiles = p.images;
-      return t;
-    }
-  }
   const auto parts = [](int64_t n, int64_t size) {
     return static_cast<int>((n + size - 1) / size);
   };
-  t.whole = false;
   t.across = parts(width, std::min<int64_t>(kTileBytes / sizeof(T), kThreads));
   t.width = static_cast<int>(whole_fours(parts(width, t.across)));
   t.across = parts(width, t.width);
@@ -142,24 +128,54 @@ Terms<T> terms_of(const Mix<T>& mix, bool dense) {
   return terms;
 }
 
+// How many terms each plane has, if fused_small_images_kernel can make it; else 0.
+int small_terms(const Problem& p, const Terms<float>& terms, Load load, int64_t processors) {
+  const int count = terms.begin[1];
+  for (int k = 0; k < terms.planes; ++k) {
+    if (terms.begin[k + 1] - terms.begin[k] != count) return 0;
+  }
+  const bool fits = load != Load::kAny && p.from.row == p.columns.in * p.from.column &&
+                    p.columns.out <= kWarp && p.columns.in <= kPixels && p.rows.in <= kMaxCount &&
+                    p.rows.out <= kMaxCount && p.images >= kWarpImages * processors;
+  return fits && (count == 1 || count == 3) ? count : 0;
+}
+
+SmallTiling small_tiling(const Problem& p) {
+  SmallTiling t{};
+  t.pitch = static_cast<int>(p.columns.in), t.pixels = static_cast<int>(p.rows.in) * t.pitch;
+  t.groups = static_cast<int>(p.rows.out + kFour - 1) / kFour;
+  t.stride = (t.pitch + (t.pitch - 1) / 8) * kFour;
+  t.windows = std::max(t.pixels, t.groups * kFour * static_cast<int>(p.columns.out));
+  t.sums = t.windows + t.groups * kFour * kFour;
+  t.bytes = (t.sums + t.groups * t.stride) * static_cast<int>(sizeof(float));
+  t.more_rows = p.rows.rows - kHeadRows > kFew, t.more_columns = p.columns.rows - kHeadRows > kFew;
+  return t;
+}
+
 template <typename In, typename T>
 void launch(Problem p, const Mix<T>& mix, int32_t device) {
   Launch context(device);
   if (mix.in == 1) p.from.channel = 0;  // any stride means the same
   if (mix.out == 1) p.to.channel = 0;
   const int64_t processors = context.processors();
-  Tiling t = tiling_of<T>(p, processors);
-  t.load = load_of<In>(p, mix.in);
-  const Terms<T> terms = terms_of(mix, t.load == Load::kInterleaved);
+  const Load load = load_of<In>(p, mix.in);
+  const Terms<T> terms = terms_of(mix, load == Load::kInterleaved);
   if constexpr (sizeof(T) == 4) {
-    if (t.whole) {
-      constexpr int teams = Team<true>::count;
-      return context.run(fused_separable_map_kernel<true, In, T>,
-                         std::min<int64_t>((t.tiles + teams - 1) / teams, processors * kBlocks),
+    const int count = small_terms(p, terms, load, processors);
+    const SmallTiling t = small_tiling(p);
+    constexpr int teams = kThreads / kWarp;
+    if (count && t.bytes <= kShared / teams) {
+      const auto kernel = count == 1                   ? fused_small_images_kernel<1, false, In>
+                          : load == Load::kInterleaved ? fused_small_images_kernel<3, true, In>
+                                                       : fused_small_images_kernel<3, false, In>;
+      return context.run(kernel,
+                         std::min<int64_t>((p.images + teams - 1) / teams, processors * kBlocks),
                          t.bytes * teams, p, terms, t);
     }
   }
-  context.run(fused_separable_map_kernel<false, In, T>,
+  Tiling t = tiling_of<T>(p, processors);
+  t.load = load;
+  context.run(fused_separable_map_kernel<In, T>,
               std::min<int64_t>(t.tiles, processors * kBlocksPerProcessor), t.bytes, p, terms, t);
 }
 

@@ -1,7 +1,6 @@
-// The CUDA kernel. A team of threads makes a tile of the target: mixed pixels into shared memory,
-// by chunks of rows and columns; the vertical pass; the horizontal pass; and the tile out. Of small
-// images each warp makes one after the other on its own, without a barrier between warps; else a
-// block makes tiles. A chunk has a fixed size, so that any image fits.
+// The CUDA kernel of images of any size and layout. A block makes a tile of the target: mixed
+// pixels into shared memory, by chunks of rows and columns; the vertical pass; the horizontal pass;
+// and the tile out. A chunk has a fixed size, so that any image fits.
 #pragma once
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
@@ -19,30 +18,11 @@ constexpr int kWarp = 32;
 constexpr int kFour = 4;  // pixels that a thread moves at once: no bank conflicts, 16 bytes of T
 constexpr int kFew = 3;   // taps whose loop is unrolled (and one more): scales up to 1.5, and 2
 
-// Of a launch; see Tiling for what they bound. kBlocks was found with a simulator of sm_90 code;
-// the others are estimates.
+// Of a launch; see Tiling for what they bound. They are estimates.
 constexpr int kTileHeight = 24, kTileBytes = 256;  // of the target: rows, bytes of T in a row
 constexpr int kChunkRows = 40, kChunkBytes = 512;  // of the source, in shared memory
 constexpr int kShared = 48 * 1024;                 // bytes for a block, without asking for more
-constexpr int kBlocksPerProcessor = 8;             // of whole blocks: more than are resident
-constexpr int kBlocks = 5;                         // resident on a processor: by registers
-constexpr int kWarpImages = 4;  // images for each processor from which on a warp takes each
-
-// Threads that work together: a warp, or the whole block.
-template <bool warp>
-struct Team {
-  static constexpr int size = warp ? kWarp : kThreads, count = kThreads / size;
-  const int rank = static_cast<int>(threadIdx.x) % size;
-  const int index = static_cast<int>(threadIdx.x) / size;
-
-  __device__ void sync() const {
-    if constexpr (warp) {
-      __syncwarp();
-    } else {
-      __syncthreads();
-    }
-  }
-};
+constexpr int kBlocksPerProcessor = 8;             // more than are resident
 
 // A thread's place in rows of `width` items, and how many rows the team covers at once.
 struct Place {
@@ -117,7 +97,6 @@ struct Tiling {
   int height, width, chunk_rows, pitch, sums, tile, bytes;
   int row_taps, column_taps, down, across;
   int64_t tiles;
-  bool whole;  // a team is a warp, and makes whole images; else a block
   Load load;
 };
 
@@ -174,7 +153,7 @@ struct Taps {
 
 // Rows that a thread loads before it computes: bytes in flight, of three planes up to 24 registers.
 template <typename In>
-constexpr int kRowsAtOnce = sizeof(In) == 1 ? 4 : 8 / sizeof(In);
+constexpr int kRowsAtOnce = 8 / sizeof(In);
 
 // Rows [0, rows) of the source into the chunk, mixed, four pixels at a time: `words` planes, or
 // the same number of fours of interleaved pixels. `from` is the chunk's first pixel.
@@ -284,7 +263,7 @@ __device__ void few_or_more(int taps, const Pass& pass) {
 
 // The vertical pass over the chunk's rows, which begin at y0: into `sums`, a row for each of the
 // tile's, or added to it.
-template <bool whole, int few, typename T>
+template <int few, typename T>
 __device__ void resample_rows(const Place& place, const Bands& bands, const int32_t* table,
                               const Span& span, int y0, int rows, int pitch, bool add,
                               const T* chunk, T* sums) {
@@ -292,11 +271,11 @@ __device__ void resample_rows(const Place& place, const Bands& bands, const int3
   chunk += place.x * kFour, sums += place.x * kFour + place.y * pitch;
 #pragma unroll 1
   for (int y = place.y; y < span.length; y += place.step, sums += place.step * pitch) {
-    const Taps<whole, T> taps(bands, table, span.begin + y, y0, rows);
+    const Taps<false, T> taps(bands, table, span.begin + y, y0, rows);
     const T* from = chunk + taps.first * pitch;
     T sum[kFour] = {};
     Four<T> result;
-    if (!whole && add) result.load(sums), result.get(sum);
+    if (add) result.load(sums), result.get(sum);
     const auto tap = [&](int t) {
       const T w = taps.weights[t * kLanes];
       Four<T> four;
@@ -319,19 +298,19 @@ __device__ void resample_rows(const Place& place, const Bands& bands, const int3
 }
 
 // The horizontal pass over the chunk's columns from x0 on: into the tile, or added to it.
-template <bool whole, int few, typename T>
+template <int few, typename T>
 __device__ void resample_columns(const Place& place, const Bands& bands, const int32_t* table,
                                  const Span& span, int x0, int pitch, int height, bool add,
                                  const T* sums, T* tile) {
   if (place.x >= span.length) return;
-  const Taps<whole, T> taps(bands, table, span.begin + place.x, x0, pitch);
+  const Taps<false, T> taps(bands, table, span.begin + place.x, x0, pitch);
   T weights[few];  // most windows are short: their weights stay in registers
 #pragma unroll
   for (int t = 0; t < few; ++t) weights[t] = t < taps.count ? taps.weights[t * kLanes] : T(0);
   sums += taps.first + place.y * pitch, tile += place.x + place.y * span.length;
   const int step = place.step * pitch, to_step = place.step * span.length;
   const auto row = [&](const T* from, T* to) {
-    T sum = !whole && add ? *to : T(0);
+    T sum = add ? *to : T(0);
 #pragma unroll
     for (int t = 0; t < few; ++t) {
       if (t < taps.count) sum += from[t] * weights[t];
@@ -358,11 +337,11 @@ __device__ void resample_columns(const Place& place, const Bands& bands, const i
 
 // Pixels of the tile into channel k of the target: scaled, with the bias, and clamped.
 template <typename Out, typename T, int n>
-__device__ void finish(const Terms<T>& terms, int k, T (&pixels)[n], Out (&out)[n]) {
+__device__ void finish(const Terms<T>& terms, int k, bool clamped, T (&pixels)[n], Out (&out)[n]) {
   const T scale = terms.scale[k], bias = terms.bias[k];
 #pragma unroll
   for (int q = 0; q < n; ++q) pixels[q] = pixels[q] * scale + bias;
-  if (terms.clamped) {
+  if (clamped) {
     const T low = terms.low[k], high = terms.high[k];
 #pragma unroll
     for (int q = 0; q < n; ++q) {
@@ -379,21 +358,31 @@ __device__ void store(int rank, int size, const View& view, const Terms<T>& term
                       int height, int width, const T* tile, Out* to) {
   const bool empty = terms.scale[k] == 0;  // nothing is mixed into this channel
   if (view.column == 1 && view.row == width) width *= height, height = 1;  // one long row
-  if (view.column == 1 && width % kFour == 0 && (height == 1 || view.row % kFour == 0) &&
-      reinterpret_cast<uintptr_t>(to) % sizeof(typename Four<Out>::Word) == 0) {
+  const unsigned row = static_cast<unsigned>(view.row);
+  const unsigned address = static_cast<unsigned>(reinterpret_cast<uintptr_t>(to));
+  if (view.column == 1 && width % kFour == 0 && (height == 1 || row % kFour == 0) &&
+      address % sizeof(typename Four<Out>::Word) == 0) {
     const int many = width / kFour;
+    const auto fours = [&](auto is_plain) {
+      constexpr bool plain = decltype(is_plain)::value;
 #pragma unroll 1
-    for (int i = rank; i < many * height; i += size) {
-      Four<T> from;
-      Four<Out> result;
-      T pixels[kFour] = {};
-      Out out[kFour];
-      if (!empty) from.load(tile + i * kFour), from.get(pixels);
-      finish(terms, k, pixels, out);
-      result.set(out);
-      int64_t at = int64_t{i} * kFour;
-      if (height > 1) at = i / many * view.row + i % many * kFour;
-      result.store_global(to + at);
+      for (int i = rank; i < many * height; i += size) {
+        Four<T> from;
+        Four<Out> result;
+        T pixels[kFour] = {};
+        Out out[kFour];
+        if (plain || !empty) from.load(tile + i * kFour), from.get(pixels);
+        finish(terms, k, !plain && terms.clamped, pixels, out);
+        result.set(out);
+        int64_t at = int64_t{i} * kFour;
+        if (!plain && height > 1) at = i / many * view.row + i % many * kFour;
+        result.store_global(to + at);
+      }
+    };
+    if (height == 1 && !empty && !terms.clamped) {
+      fours(std::true_type());
+    } else {
+      fours(std::false_type());
     }
     return;
   }
@@ -401,43 +390,42 @@ __device__ void store(int rank, int size, const View& view, const Terms<T>& term
   for (int i = rank; i < width * height; i += size) {
     T pixel[1] = {empty ? T(0) : tile[i]};
     Out out[1];
-    finish(terms, k, pixel, out);
+    finish(terms, k, terms.clamped, pixel, out);
     const int y = height == 1 ? 0 : i / width;
     to[y * view.row + (i - y * width) * view.column] = out[0];
   }
 }
 
 // Channel k of the mixed source, resampled, into the tile.
-template <bool whole, typename In, typename T>
+template <typename In, typename T>
 __device__ void resample(const Place& fours, const Place& pixels, const Problem& p,
                          const Terms<T>& terms, const Tiling& tiling, int k, const In* source,
                          const int32_t* row_table, const int32_t* column_table, const Span& rows,
                          const Span& columns, T* chunk) {
-  const Team<whole> team;
   const int pitch = tiling.pitch, begin = columns.low / kFour * kFour;
   T *const sums = chunk + tiling.sums, *const tile = chunk + tiling.tile;
   int x0 = begin;
   do {
     int y0 = rows.low;
     do {
-      const int height = whole ? rows.high : min(rows.high - y0, tiling.chunk_rows);
+      const int height = min(rows.high - y0, tiling.chunk_rows);
       load(fours, source, p.from, tiling, terms, k, y0, height, x0,
            static_cast<int>(p.columns.in) - x0, chunk);
-      team.sync();
+      __syncthreads();
       few_or_more(tiling.row_taps, [&](auto few) {
-        resample_rows<whole, decltype(few)::value>(fours, p.rows, row_table, rows, y0, height,
-                                                   pitch, y0 != rows.low, chunk, sums);
+        resample_rows<decltype(few)::value>(fours, p.rows, row_table, rows, y0, height, pitch,
+                                            y0 != rows.low, chunk, sums);
       });
-      team.sync();
+      __syncthreads();
       y0 += tiling.chunk_rows;
-    } while (!whole && y0 < rows.high);
+    } while (y0 < rows.high);
     few_or_more(tiling.column_taps, [&](auto few) {
-      resample_columns<whole, decltype(few)::value>(pixels, p.columns, column_table, columns, x0,
-                                                    pitch, rows.length, x0 != begin, sums, tile);
+      resample_columns<decltype(few)::value>(pixels, p.columns, column_table, columns, x0, pitch,
+                                             rows.length, x0 != begin, sums, tile);
     });
     x0 += pitch;
-  } while (!whole && x0 < columns.high);
-  team.sync();
+  } while (x0 < columns.high);
+  __syncthreads();
 }
 
 template <typename T>
@@ -456,38 +444,33 @@ __device__ void store_as(const Problem& p, int rank, int size, const Terms<T>& t
   if constexpr (std::is_same<T, double>::value) as(static_cast<double*>(p.target));
 }
 
-template <bool whole, typename In, typename T>
-__global__ void __launch_bounds__(kThreads, whole ? kBlocks : 4)
+template <typename In, typename T>
+__global__ void __launch_bounds__(kThreads, 4)
     fused_separable_map_kernel(Problem p, Terms<T> terms, Tiling tiling) {
   FUSED_SHARED(memory);
-  const Team<whole> team;
-  const Place fours(team.rank, team.size, tiling.pitch / kFour);
-  const Place pixels(team.rank, team.size, tiling.width);
-  T* const chunk = reinterpret_cast<T*>(memory + team.index * tiling.bytes);
+  const int rank = static_cast<int>(threadIdx.x);
+  const Place fours(rank, kThreads, tiling.pitch / kFour), pixels(rank, kThreads, tiling.width);
+  T* const chunk = reinterpret_cast<T*>(memory);
 
-  for (int64_t index = int64_t{blockIdx.x} * team.count + team.index; index < tiling.tiles;
-       index += int64_t{gridDim.x} * team.count) {
-    const int parts = whole ? 1 : tiling.down * tiling.across;
-    const int64_t n = whole ? index : index / parts;
-    const int part = static_cast<int>(index - n * parts), down = whole ? 0 : part / tiling.across;
+  for (int64_t index = blockIdx.x; index < tiling.tiles; index += gridDim.x) {
+    const int parts = tiling.down * tiling.across;
+    const int64_t n = index / parts;
+    const int part = static_cast<int>(index - n * parts), down = part / tiling.across;
     const int32_t *row_table = p.rows.table(n), *column_table = p.columns.table(n);
-    const auto span = [&](const Bands& bands, const int32_t* table, int begin, int size) {
-      return whole ? Span(bands) : Span(bands, table, begin, size);
-    };
-    const Span rows = span(p.rows, row_table, down * tiling.height, tiling.height);
-    const Span columns =
-        span(p.columns, column_table, (part - down * tiling.across) * tiling.width, tiling.width);
+    const Span rows(p.rows, row_table, down * tiling.height, tiling.height);
+    const Span columns(p.columns, column_table, (part - down * tiling.across) * tiling.width,
+                       tiling.width);
     const In* const source = static_cast<const In*>(p.source) + p.from.image(n);
     const int64_t target = p.to.image(n);
     for (int k = 0; k < terms.planes; ++k) {
       if (terms.begin[k] < terms.begin[k + 1]) {
-        resample<whole>(fours, pixels, p, terms, tiling, k, source, row_table, column_table, rows,
-                        columns, chunk);
+        resample(fours, pixels, p, terms, tiling, k, source, row_table, column_table, rows, columns,
+                 chunk);
       }
       for (int i = k; i < (terms.planes < terms.out ? terms.out : k + 1); ++i) {
-        store_as(p, team.rank, team.size, terms, i, rows, columns, chunk + tiling.tile, target);
+        store_as(p, rank, kThreads, terms, i, rows, columns, chunk + tiling.tile, target);
       }
-      team.sync();
+      __syncthreads();
     }
   }
 }
