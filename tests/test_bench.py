@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 from torchvision.transforms import v2
 
 import bench
@@ -18,6 +19,7 @@ from common.transforms import reference_transform
 from tests.manual import compare_bench
 from tests.runs import refused, run_script
 
+NATIVE = cases.native_bfloat16  # what `quick` replaces
 FEW = ["--data", "synthetic", "--images", 20, "--batch-size", 10, "--device", "cpu"]
 NAMES = {
     *("torchvision sequential", "torchvision batched", "matmul", "matmul compiled", "gemm"),
@@ -41,13 +43,23 @@ DOCUMENTED = {
 }
 
 
+class Narrow(ConvNet):
+    """The CNN 4 channels wide in the place of 64, where emulated bfloat16 takes 26 ms an image."""
+
+    def __init__(self, flip="learned"):
+        super().__init__(flip)
+        for i, channels in {0: (3, 4), 2: (4, 4), 5: (4, 4), 8: (4, 1)}.items():
+            self.layers[i] = nn.Conv2d(*channels, 4, padding=1)
+
+
 @pytest.fixture(autouse=True)
 def quick(monkeypatch, tmp_path):
     """A short benchmark in a folder without checkpoints."""
     real = photos.photographs
     monkeypatch.setattr(torch, "compile", lambda function, **settings: function)
     monkeypatch.setattr(cases, "SWEEP", [1, 2, 16])
-    monkeypatch.setattr(cases, "EMULATED", 1e9)
+    monkeypatch.setattr(cases, "native_bfloat16", lambda: True)  # its rows are timed anywhere
+    monkeypatch.setitem(bench.NETS, "cnn", Narrow)
     monkeypatch.setattr(cases, "PASS_S", 1e9)
     for module, name in ((cases, "SWEEP_BUDGET_S"), (photos, "BUDGET_S"), (photos, "WARM")):
         monkeypatch.setattr(module, name, 0)
@@ -67,7 +79,8 @@ def run(*flags, runs=3):
     return result, {(row["protocol"], row["name"]): row for row in rows}
 
 
-def test_run_writes_documented_files(capsys):
+def test_run_writes_documented_files(capsys, monkeypatch):
+    monkeypatch.setitem(bench.NETS, "cnn", ConvNet)
     result, rows = run()
     assert sorted(path.suffix for path in Path("out").iterdir()) == [".json", ".md", *[".png"] * 3]
     assert {name for protocol, name in rows if protocol == "tensor"} == NAMES
@@ -225,17 +238,45 @@ def test_wrong_result_is_not_timed(monkeypatch, capsys):
     assert any(line.startswith("fused ") and "no time" in line for line in out.splitlines())
 
 
-def test_emulated_bfloat16_is_said_and_not_timed(monkeypatch):
+@pytest.mark.parametrize("native", [False, True])
+def test_the_processor_decides_whether_bfloat16_is_timed(monkeypatch, native):
     wait = fake_clock(monkeypatch)
-    monkeypatch.setattr(cases, "EMULATED", 2)
+    monkeypatch.setattr(cases, "native_bfloat16", lambda: native)
     slower(monkeypatch, "cnn bf16", lambda result: (wait(0.208), result)[1])
     _, rows = run()
     for protocol in ("report", "tensor"):
-        row = rows[protocol, "cnn bf16"]
-        assert row["median_s"] is None
-        assert row["note"].startswith("emulated: 26 ms for one image")  # 8 images in 209 ms
-        assert rows[protocol, "cnn"]["median_s"] > 0
-        assert rows[protocol, "fc bf16"]["median_s"] > 0
+        for name in ("cnn", "fc"):
+            assert rows[protocol, name]["median_s"] > 0
+            row = rows[protocol, f"{name} bf16"]
+            if native:  # however slow
+                assert row["median_s"] > 0
+            else:  # however fast
+                assert row["median_s"] is None
+                time = {"cnn": "26 ms for one image", "fc": "0.1"}[name]  # 8 in 209 ms, in 1 ms
+                assert row["note"].startswith(f"emulated: {time}")
+
+
+@pytest.mark.parametrize(
+    ("sets", "native"),
+    [
+        ({"architecture": "x86_64", "avx2": True, "avx512_f": False, "avx512_bf16": False}, False),
+        ({"avx512_f": True, "avx512_vnni": True, "amx_tile": False, "amx_bf16": False}, False),
+        ({"avx512_f": True, "avx512_bf16": True, "amx_bf16": False}, True),
+        ({"avx512_bf16": False, "amx_bf16": True}, True),
+        ({"architecture": "aarch64", "neon": True, "bf16": False}, False),
+        ({"architecture": "aarch64", "neon": True, "bf16": True}, True),
+    ],
+)
+def test_units_for_bfloat16_are_known_by_the_instruction_sets(sets, native, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: sets)
+    assert NATIVE() == native
+
+
+def test_units_for_bfloat16_agree_with_the_name_of_the_machine():
+    sets = report.hardware()["instruction_sets"]
+    if "avx2" not in sets:
+        pytest.skip("no x86 processor that names its instruction sets")
+    assert NATIVE() == bool({"avx512-bf16", "amx"} & set(sets))
 
 
 def test_failing_method_is_tried_once_and_costs_only_its_own_rows(monkeypatch):
