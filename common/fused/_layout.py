@@ -76,9 +76,8 @@ def _pack(bands: Bands, wide: bool, device: torch.device) -> Tensor:
     apart = first - first[..., :1]
     way = (apart[..., -1:] >= 0).to(torch.int32) * 2 - 1
     late = apart * way - torch.arange(LANES // 2, dtype=torch.int32, device=CPU)
-    regular = ((late == 0) | (late == 1)).all(-1, keepdim=True)
-    regular &= (late.diff(dim=-1) >= 0).all(-1, keepdim=True)
-    steps = (late == 0).sum(-1, keepdim=True, dtype=torch.int32).where(regular, 0)
+    regular = (late.diff(dim=-1) >= 0).all(-1, keepdim=True) & (late[..., -1:] <= 1)
+    steps = (LANES // 2 - late.sum(-1, keepdim=True, dtype=torch.int32)).where(regular, 0)
     spans = [
         low,
         high,
@@ -95,7 +94,7 @@ def _pack(bands: Bands, wide: bool, device: torch.device) -> Tensor:
         table[:, :, row] = part.flatten(2)
     weights = table[:, :, 3:].view(torch.float64 if wide else torch.float32)
     weights = weights.view(variants, groups, taps, LANES)
-    weights.copy_(weight.view(variants, groups, LANES, taps).mT)
+    weights.copy_(weight.unflatten(1, (groups, LANES)).mT)
     return table.to(device)
 
 
