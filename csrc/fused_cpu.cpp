@@ -39,6 +39,8 @@ constexpr int64_t kStageBytes = 1 << 14;
 constexpr int64_t kRingPixels = 2048;
 // What the first-level cache holds of the rows of one channel.
 constexpr int64_t kBlockPixels = 4096;
+// Rows of a crop are asked for so early: the processor's own prefetching follows whole rows only.
+constexpr int64_t kAheadRows = 8;
 
 constexpr int64_t whole(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
 
@@ -310,7 +312,7 @@ Layout layout_of(const Problem& p, const Mix<T>& mix, int64_t height) {
     l.planar_rows = std::max<int64_t>(1, kBlockPixels / width);
     l.planar = l.planar_rows * width + 2 * kLanes;
     if (l.path == Layout::kBytes)
-      l.shuffles = p.columns.groups * (p.columns.rows - kHeadRows) * kLanes;
+      l.shuffles = 2 * p.columns.groups * (p.columns.rows - kHeadRows) * kLanes;
   }
   for (int64_t v = 0; v < p.rows.variants; ++v) {
     const int32_t* table = p.rows.data + v * p.rows.groups * p.rows.rows * kLanes;

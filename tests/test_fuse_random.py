@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from torchvision.transforms import v2
 
 from common.fused import fuse
+from common.fused.bands import resize
 from tests.chains import LEVEL, draw, step_by_step
 
 CHAINS = 1000
@@ -34,3 +36,24 @@ def test_random_chains_equal_torchvision(part):
             allowed = max(allowed, unit * max(bicubic, 1) * max(largest for _, largest in each))
         difference = (actual.double() - expected.double()).abs().max().item()
         assert difference <= allowed, f"{note}: {difference} > {allowed}"
+
+
+@pytest.mark.parametrize("mode", ["bilinear", "bicubic"])
+def test_weights_of_a_box_do_not_depend_on_the_other_boxes(mode):
+    """Bit by bit: weights are padded to the longest of a batch, and their sums must not notice."""
+    start, length = torch.zeros(57, dtype=torch.int64), torch.arange(1, 400, 7)
+    batch = resize(400, 28, mode, start=start, length=length)
+    for v in range(57):
+        alone = resize(400, 28, mode, start=start[:1], length=length[v : v + 1]).weight[0]
+        assert torch.equal(batch.weight[v, :, : alone.shape[1]], alone), length[v]
+
+
+def test_a_crop_depends_on_no_other_crop_of_its_batch():
+    """Bit by bit, at scales below 2, where the kernel goes about all crops in the same way."""
+    fused = fuse(v2.RandomResizedCrop(80, interpolation=v2.InterpolationMode.BICUBIC))
+    images = torch.rand(24, 3, 120, 150, generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(1)
+    batch = fused(images)
+    torch.manual_seed(1)
+    for image, expected in zip(images, batch, strict=True):
+        assert torch.equal(fused(image), expected)

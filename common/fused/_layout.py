@@ -66,36 +66,33 @@ def _pack(bands: Bands, wide: bool, device: torch.device) -> Tensor:
         taken = torch.arange(out + -out % LANES, device=CPU).clamp(max=out - 1)
         first, count, weight = (x[:, taken] for x in (first, count, weight))
     groups, taps = -(-out // LANES), weight.shape[2]
-    first, count = (x.to(torch.int32).view(variants, groups, 2, LANES // 2) for x in (first, count))
+    # the lanes outermost: their loops over memory are long ones
+    first, count = (
+        x.to(torch.int32).view(variants, groups, 2, LANES // 2).movedim(-1, 0).contiguous()
+        for x in (first, count)
+    )
     empty = count == 0
-    low = first.masked_fill(empty, bands.size).amin(-1, keepdim=True)
-    high = (first + count).masked_fill_(empty, 0).amax(-1, keepdim=True)
+    low = first.masked_fill(empty, bands.size).amin(0)
+    high = (first + count).masked_fill_(empty, 0).amax(0)
     low = low.minimum(high)
     first = first.where(~empty, low)
     # where neighbours are one pixel apart but for one step of two, from lane `late` on
-    apart = first - first[..., :1]
-    way = (apart[..., -1:] >= 0).to(torch.int32) * 2 - 1
-    late = apart * way - torch.arange(LANES // 2, dtype=torch.int32, device=CPU)
-    regular = ((late == 0) | (late == 1)).all(-1, keepdim=True)
-    regular &= (late.diff(dim=-1) >= 0).all(-1, keepdim=True)
-    steps = (late == 0).sum(-1, keepdim=True, dtype=torch.int32).where(regular, 0)
-    spans = [
-        low,
-        high,
-        count.amin(-1, keepdim=True),
-        count.amax(-1, keepdim=True),
-        first.amax(-1, keepdim=True) - low,
-        steps * way,
-        torch.zeros_like(low),
-        torch.zeros_like(low),
-    ]
+    apart = first - first[0]
+    way = (apart[-1] >= 0).to(torch.int32) * 2 - 1
+    lane = torch.arange(LANES // 2, dtype=torch.int32, device=CPU)
+    late = apart * way - lane[:, None, None, None]
+    regular = (late.diff(dim=0).amin(0) >= 0) & (late[-1] <= 1)
+    steps = (LANES // 2 - late.sum(0, dtype=torch.int32)).where(regular, 0)
+    spread, none = first.amax(0) - low, torch.zeros_like(low)
+    spans = low, high, count.amin(0), count.amax(0), spread, steps * way, none, none
     rows = taps * (2 if wide else 1)
     table = torch.empty(variants, groups, 3 + rows, LANES, dtype=torch.int32, device=CPU)
-    for row, part in enumerate((first, count, torch.cat(spans, -1))):
+    heads = first.movedim(0, -1), count.movedim(0, -1), torch.stack(spans, -1)
+    for row, part in enumerate(heads):
         table[:, :, row] = part.flatten(2)
     weights = table[:, :, 3:].view(torch.float64 if wide else torch.float32)
     weights = weights.view(variants, groups, taps, LANES)
-    weights.copy_(weight.view(variants, groups, LANES, taps).mT)
+    weights.copy_(weight.unflatten(1, (groups, LANES)).mT)
     return table.to(device)
 
 

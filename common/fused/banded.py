@@ -55,7 +55,7 @@ class Bands:
         """Variant v flipped where mask[v] is true. mask: bool (V,)."""
         order = torch.arange(self.out, device=CPU)
         order = torch.where(mask[:, None], self.out - 1 - order, order)
-        weight = self.weight.gather(1, order[..., None].expand_as(self.weight))
+        weight = torch.where(mask[:, None, None], self.weight.flip(1), self.weight)
         return Bands(self.first.gather(1, order), self.count.gather(1, order), weight, self.size)
 
     def then(self, other: "Bands") -> "Bands":

@@ -6,7 +6,7 @@ aten/src/ATen/native/cpu/UpSampleKernel.cpp).
 """
 
 import math
-from functools import lru_cache
+from functools import lru_cache, reduce
 
 import torch
 from torch import Tensor
@@ -99,8 +99,7 @@ def _resize(size, out, mode, antialias, dtype, channels, start, length) -> Bands
         if bool(same.any()):
             first = torch.where(same, torch.arange(out, device=CPU), first)
             count = torch.where(same, 1, count)
-            copy = torch.nn.functional.pad(weight.new_ones(1, 1, 1), (0, weight.shape[2] - 1))
-            weight = torch.where(same[..., None], copy, weight)
+            weight[same[:, 0]] = torch.eye(1, weight.shape[2], dtype=dtype, device=CPU)
     if start is not None:
         first = first + start[:, None]
     return Bands(first, count, weight.to(torch.float64), size)
@@ -141,13 +140,16 @@ def _antialiased(length, scale, output, mode, dtype, fused) -> tuple[Tensor, Ten
     last = torch.minimum(((center + support).double() + 0.5).to(torch.int64), length)
     longest = 2 * support.ceil().to(torch.int64) + 1
     count = torch.minimum((last - first).clamp_(min=0), longest)
-    taps = torch.arange(max(int(count.max()), 1) if count.numel() else 1, device=CPU)
-    # in place, as the random crops of a batch make these anew for each
-    x = first[..., None].to(dtype) + taps.to(dtype)
-    x = x.sub_((center - 0.5)[..., None]).mul_((1 / stretch)[..., None]).abs_()
+    taps = torch.arange(max(int(count.max()), 1) if count.numel() else 1, device=CPU)[:, None]
+    # in place and the taps outermost, as the random crops of a batch make these anew for each
+    x = first[:, None].to(dtype) + taps.to(dtype)  # (V, taps, out)
+    x = x.sub_((center - 0.5)[:, None]).mul_((1 / stretch)[:, None]).abs_()
     weight = x.neg_().add_(1).clamp_(min=0) if mode == "bilinear" else _cubic(x, -0.5, fused)
-    weight.masked_fill_(taps >= count[..., None], 0)
-    return first, count, weight.div_(weight.sum(2, keepdim=True))
+    weight.masked_fill_(taps >= count[:, None], 0)
+    # one after the other, as in torch: a box is none of the others' business, however many taps
+    # they have
+    total = reduce(torch.add, weight.unbind(1))
+    return first, count, weight.div_(total[:, None]).mT
 
 
 def _cubic(x: Tensor, a: float, fused: bool) -> Tensor:
