@@ -49,9 +49,15 @@ class Launch {
 #endif
 
 #include "fused_cuda_small.h"
+#include "fused_cuda_tiles.h"
 
 namespace fused {
 namespace {
+
+template <typename T>
+int64_t taps_of(const Bands& bands) {
+  return (bands.rows - kHeadRows) / static_cast<int64_t>(sizeof(T) / sizeof(int32_t));
+}
 
 int64_t whole_fours(int64_t n) { return (n + kFour - 1) / kFour * kFour; }
 
@@ -76,16 +82,8 @@ template <typename T>
 Tiling tiling_of(const Problem& p, int64_t processors) {
   const int64_t height = p.rows.out, width = p.columns.out;
   Tiling t{};
-  constexpr int64_t words = sizeof(T) / sizeof(int32_t);
-  t.row_taps = static_cast<int>((p.rows.rows - kHeadRows) / words);
-  t.column_taps = static_cast<int>((p.columns.rows - kHeadRows) / words);
-  const auto lay_out = [&](bool alias) {  // the tile takes the chunk's place
-    t.sums = t.chunk_rows * t.pitch;
-    t.tile = alias ? 0 : t.sums + t.height * t.pitch;
-    if (alias) t.sums = std::max<int>(t.sums, whole_fours(t.height * t.width));
-    const int end = alias ? t.sums + t.height * t.pitch : t.tile + t.height * t.width;
-    t.bytes = static_cast<int>(whole_fours(end) * sizeof(T));
-  };
+  const int64_t row_taps = taps_of<T>(p.rows), column_taps = taps_of<T>(p.columns);
+  t.more_rows = row_taps > kFew, t.more_columns = column_taps > kFew;
   const auto parts = [](int64_t n, int64_t size) {
     return static_cast<int>((n + size - 1) / size);
   };
@@ -99,10 +97,16 @@ Tiling tiling_of(const Problem& p, int64_t processors) {
   t.down = parts(height, t.height);
   t.tiles = p.images * t.across * t.down;
   t.pitch = static_cast<int>(std::min<int64_t>(
-      whole_fours(reach(p.columns, t.column_taps, t.width) + kFour - 1), kChunkBytes / sizeof(T)));
-  t.chunk_rows =
-      static_cast<int>(std::min<int64_t>(reach(p.rows, t.row_taps, t.height), kChunkRows));
-  lay_out(t.pitch >= p.columns.in);
+      whole_fours(reach(p.columns, column_taps, t.width) + kFour - 1), kChunkBytes / sizeof(T)));
+  t.chunk_rows = static_cast<int>(std::min<int64_t>(reach(p.rows, row_taps, t.height), kChunkRows));
+  const Shape shape(t.pitch, t.height);
+  const int chunk = t.chunk_rows * t.pitch, tile = shape.groups * kFour * t.width;
+  const bool alias = t.pitch >= p.columns.in;  // the tile takes the chunk's place
+  t.sums = alias ? std::max(chunk, tile) : chunk;
+  t.windows = t.sums + shape.groups * shape.stride;
+  const int end = t.windows + shape.groups * kFour * (kFew + 1);
+  t.tile = alias ? 0 : end;
+  t.bytes = (alias ? end : end + tile) * static_cast<int>(sizeof(T));
   return t;
 }
 
@@ -141,15 +145,19 @@ int small_terms(const Problem& p, const Terms<float>& terms, Load load, int64_t 
 }
 
 SmallTiling small_tiling(const Problem& p) {
-  SmallTiling t{};
-  t.pitch = static_cast<int>(p.columns.in), t.pixels = static_cast<int>(p.rows.in) * t.pitch;
-  t.groups = static_cast<int>(p.rows.out + kFour - 1) / kFour;
-  t.stride = (t.pitch + (t.pitch - 1) / 8) * kFour;
-  t.windows = std::max(t.pixels, t.groups * kFour * static_cast<int>(p.columns.out));
-  t.sums = t.windows + t.groups * kFour * kFour;
-  t.bytes = (t.sums + t.groups * t.stride) * static_cast<int>(sizeof(float));
-  t.more_rows = p.rows.rows - kHeadRows > kFew, t.more_columns = p.columns.rows - kHeadRows > kFew;
-  return t;
+  const int height = static_cast<int>(p.rows.out), width = static_cast<int>(p.columns.out);
+  const Shape shape(static_cast<int>(p.columns.in), height);
+  const int pixels = static_cast<int>(p.rows.in * p.columns.in);
+  const int windows = std::max(pixels, shape.groups * kFour * width);  // the tile takes its place
+  const int sums = windows + shape.groups * kFour * (kFew + 1);
+  const int bytes = (sums + shape.groups * shape.stride) * static_cast<int>(sizeof(float));
+  return {pixels,
+          windows,
+          sums,
+          bytes,
+          shape,
+          taps_of<float>(p.rows) > kFew,
+          taps_of<float>(p.columns) > kFew};
 }
 
 template <typename In, typename T>
@@ -175,7 +183,7 @@ void launch(Problem p, const Mix<T>& mix, int32_t device) {
   }
   Tiling t = tiling_of<T>(p, processors);
   t.load = load;
-  context.run(fused_separable_map_kernel<In, T>,
+  context.run(fused_tiles_kernel<In, T>,
               std::min<int64_t>(t.tiles, processors * kBlocksPerProcessor), t.bytes, p, terms, t);
 }
 

@@ -1,0 +1,217 @@
+// The CUDA kernel of images of any size and layout. A block makes a tile of the target after the
+// other: mixed pixels into shared memory, by chunks of rows and columns, and the two passes over
+// them. A chunk has a fixed size, so that any image fits.
+#pragma once
+#include "fused_cuda_passes.h"
+
+namespace fused {
+namespace {
+
+// Of a launch; see Tiling for what they bound. They are estimates.
+constexpr int kTileHeight = 24, kTileBytes = 256;  // of the target: rows, bytes of T in a row
+constexpr int kChunkRows = 40, kChunkBytes = 512;  // of the source, in shared memory
+constexpr int kBlocksPerProcessor = 8;             // more than are resident
+
+enum class Load { kPlanes, kInterleaved, kAny };  // whole fours of a row; of RGB pixels; pixels
+
+// A call as the kernel takes it. A tile is the part of the target that a block makes; a chunk the
+// part of the source at work. Lengths in pixels, offsets in T.
+struct Tiling {
+  int height, width, chunk_rows, pitch, sums, tile, windows, bytes;
+  int down, across;
+  int64_t tiles;
+  bool more_rows, more_columns;  // than kFew taps
+  Load load;
+};
+
+// One axis of a tile: `length` output pixels from `begin` on, and the input pixels [low, high)
+// that hold all that they see.
+struct Span {
+  int begin, length, low, high;
+
+  __device__ Span(const Bands& bands, const int32_t* table, int begin, int size)
+      : begin(begin), length(min(static_cast<int>(bands.out) - begin, size)) {
+    low = static_cast<int>(bands.in), high = 0;
+    for (int o = begin / kHalf * kHalf; o < begin + length; o += kHalf) {
+      const HalfGroup& half = group_of(table, bands.rows, o).halves[o / kHalf % 2];
+      if (half.low == half.high) continue;
+      low = min(low, half.low), high = max(high, half.high);
+    }
+    if (high == 0) low = 0;
+  }
+};
+
+// Rows [0, rows) of the source into the chunk, mixed, four pixels at a time: `words` planes, or
+// the same number of fours of interleaved pixels. `from` is the chunk's first pixel.
+template <int words, bool interleaved, typename In, typename T>
+__device__ void load_fours(const Place& place, const In* from, const View& view,
+                           const Terms<T>& terms, int term, int rows, int pitch, int width,
+                           bool add, T* chunk) {
+  constexpr int at_once = sizeof(In) < 4 ? kRowsAtOnce<In> / 2 : kRowsAtOnce<In>;
+  const int x = place.x * kFour;
+  if (x >= width) return;
+  const int64_t step = place.step * view.row;
+  from += place.y * view.row + (interleaved ? x * words : x);
+  T w[words];
+  const In* at[words];
+#pragma unroll
+  for (int i = 0; i < words; ++i) {
+    w[i] = terms.weight[term + i];
+    at[i] = from + (interleaved ? i * kFour : terms.channel[term + i] * view.channel);
+  }
+  chunk += place.y * pitch + x;
+#pragma unroll 1
+  for (int y = place.y; y < rows; y += at_once * place.step) {
+    Four<In> raw[at_once][words];
+#pragma unroll
+    for (int j = 0; j < at_once; ++j) {
+#pragma unroll
+      for (int i = 0; i < words; ++i) {
+        if (y + j * place.step < rows) raw[j][i].load(at[i]);
+        at[i] += step;
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < at_once; ++j, chunk += place.step * pitch) {
+      if (y + j * place.step >= rows) break;
+      T sum[kFour] = {};
+      Four<T> result;
+      if (add) result.load(chunk), result.get(sum);
+#pragma unroll
+      for (int i = 0; i < words; ++i) {
+        if (interleaved && w[i] == 0) continue;
+#pragma unroll
+        for (int q = 0; q < kFour; ++q) {
+          const int index = interleaved ? q * words + i : i * kFour + q;
+          sum[q] += raw[j][index / kFour].template pixel<T>(index % kFour) * w[i];
+        }
+      }
+      result.set(sum);
+      result.store(chunk);
+    }
+  }
+}
+
+// The same for any strides.
+template <typename In, typename T>
+__device__ void load_pixels(const Place& place, const In* from, const View& view, int channel, T w,
+                            int rows, int pitch, int width, bool add, T* chunk) {
+  const int x = place.x * kFour;
+  if (x >= width) return;
+  from += channel * view.channel + x * view.column;
+#pragma unroll 1
+  for (int y = place.y; y < rows; y += place.step) {
+    T* const to = chunk + y * pitch + x;
+    In pixels[kFour];
+#pragma unroll
+    for (int q = 0; q < kFour; ++q) {
+      if (x + q < width) pixels[q] = from[y * view.row + q * view.column];
+    }
+#pragma unroll
+    for (int q = 0; q < kFour; ++q) {
+      if (x + q < width) to[q] = (add ? to[q] : T(0)) + T(pixels[q]) * w;
+    }
+  }
+}
+
+// Channel k of the mixed source into the chunk: rows from y0, columns from x0 on.
+template <typename In, typename T>
+__device__ void load(const Place& place, const In* source, const View& view, const Tiling& tiling,
+                     const Terms<T>& terms, int k, int y0, int rows, int x0, int width, int pitch,
+                     T* chunk) {
+  const int begin = terms.begin[k], end = terms.begin[k + 1];
+  source += y0 * view.row + x0 * view.column;
+  if (tiling.load == Load::kInterleaved) {
+    load_fours<3, true>(place, source, view, terms, begin, rows, pitch, width, false, chunk);
+  } else if (tiling.load == Load::kPlanes && end - begin == 3) {
+    load_fours<3, false>(place, source, view, terms, begin, rows, pitch, width, false, chunk);
+  } else {
+    for (int i = begin; i < end; ++i) {
+      if (tiling.load == Load::kPlanes) {
+        load_fours<1, false>(place, source, view, terms, i, rows, pitch, width, i > begin, chunk);
+      } else {
+        load_pixels(place, source, view, terms.channel[i], terms.weight[i], rows, pitch, width,
+                    i > begin, chunk);
+      }
+    }
+  }
+}
+
+// Channel k of the mixed source, resampled, into the tile.
+template <typename In, typename T>
+__device__ void resample(const Problem& p, const Terms<T>& terms, const Tiling& tiling, int k,
+                         const In* source, const int32_t* row_table, const int32_t* column_table,
+                         const Span& rows, const Span& columns, T* chunk) {
+  const int rank = static_cast<int>(threadIdx.x), begin = columns.low / kFour * kFour;
+  T *const sums = chunk + tiling.sums, *const tile = chunk + tiling.tile;
+  Window<T>* const windows = reinterpret_cast<Window<T>*>(chunk + tiling.windows);
+  int x0 = begin;
+  do {
+    const int width = min(columns.high - x0, tiling.pitch);
+    const Shape shape(max((width + kFour - 1) / kFour, 1) * kFour, rows.length);
+    const Place fours(rank, kThreads, shape.pitch / kFour);
+    int y0 = rows.low;
+    do {
+      const int height = min(rows.high - y0, tiling.chunk_rows);
+      load(fours, source, p.from, tiling, terms, k, y0, height, x0, width, shape.pitch, chunk);
+      read_windows(rank, kThreads, p.rows, row_table, rows.begin, rows.length, y0, height, shape,
+                   windows);
+      __syncthreads();
+      if (fours.y < fours.step) {
+        resample_rows(fours, shape, windows, y0 != rows.low, chunk, sums);
+        if (tiling.more_rows) {
+          resample_rows_more(fours, p.rows, row_table, rows.begin, rows.length, y0, height, shape,
+                             chunk, sums);
+        }
+      }
+      __syncthreads();
+      y0 += tiling.chunk_rows;
+    } while (y0 < rows.high);
+    const Place pixels(rank, kThreads, columns.length);
+    if (pixels.y < pixels.step) {
+      const auto taps = [&] {
+        return Taps<T>(p.columns, column_table, columns.begin + pixels.x, x0, width);
+      };
+      Column<T> column;
+      column.set(taps());
+      column.resample(pixels, shape, columns.length, x0 != begin, sums, tile);
+      if (tiling.more_columns) {
+        resample_columns_more(pixels, taps(), shape, columns.length, sums, tile);
+      }
+    }
+    x0 += tiling.pitch;
+  } while (x0 < columns.high);
+  __syncthreads();
+}
+
+template <typename In, typename T>
+__global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : 4)
+    fused_tiles_kernel(Problem p, Terms<T> terms, Tiling tiling) {
+  FUSED_SHARED(memory);
+  T* const chunk = reinterpret_cast<T*>(memory);
+
+  for (int64_t index = blockIdx.x; index < tiling.tiles; index += gridDim.x) {
+    const int parts = tiling.down * tiling.across;
+    const int64_t n = index / parts;
+    const int part = static_cast<int>(index - n * parts), down = part / tiling.across;
+    const int32_t *row_table = p.rows.table(n), *column_table = p.columns.table(n);
+    const Span rows(p.rows, row_table, down * tiling.height, tiling.height);
+    const Span columns(p.columns, column_table, (part - down * tiling.across) * tiling.width,
+                       tiling.width);
+    const In* const source = static_cast<const In*>(p.source) + p.from.image(n);
+    const int64_t target = p.to.image(n) + rows.begin * p.to.row + columns.begin * p.to.column;
+    for (int k = 0; k < terms.planes; ++k) {
+      if (terms.begin[k] < terms.begin[k + 1]) {
+        resample(p, terms, tiling, k, source, row_table, column_table, rows, columns, chunk);
+      }
+      for (int i = k; i < (terms.planes < terms.out ? terms.out : k + 1); ++i) {
+        store_as(p, static_cast<int>(threadIdx.x), kThreads, terms, i, rows.length, columns.length,
+                 chunk + tiling.tile, target);
+      }
+      __syncthreads();
+    }
+  }
+}
+
+}  // namespace
+}  // namespace fused
