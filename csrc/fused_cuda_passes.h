@@ -101,6 +101,20 @@ struct Terms {
 template <typename In>
 constexpr int kRowsAtOnce = sizeof(In) < 8 ? 8 / sizeof(In) : 1;
 
+// The mix of four pixels, added: `terms` planes, or the same number of fours of interleaved pixels.
+template <int terms, bool interleaved, typename In, typename T>
+__device__ void add_mix(const Four<In> (&fours)[terms], const T (&w)[terms], T (&sum)[kFour]) {
+#pragma unroll
+  for (int i = 0; i < terms; ++i) {
+    if (interleaved && w[i] == 0) continue;
+#pragma unroll
+    for (int q = 0; q < kFour; ++q) {
+      const int index = interleaved ? q * terms + i : i * kFour + q;
+      sum[q] += fours[index / kFour].template pixel<T>(index % kFour) * w[i];
+    }
+  }
+}
+
 // The taps of output pixel o that lie in the input pixels [begin, begin + length).
 template <typename T>
 struct Taps {

@@ -38,15 +38,7 @@ struct Raw {
     for (int j = 0; j < count; ++j) {
       if (j * kPixels >= left) break;
       float sum[kFour] = {};
-#pragma unroll
-      for (int i = 0; i < terms; ++i) {
-        if (interleaved && w[i] == 0) continue;
-#pragma unroll
-        for (int q = 0; q < kFour; ++q) {
-          const int index = interleaved ? q * terms + i : i * kFour + q;
-          sum[q] += fours[j][index / kFour].template pixel<float>(index % kFour) * w[i];
-        }
-      }
+      add_mix<terms, interleaved>(fours[j], w, sum);
       Four<float> result;
       result.set(sum);
       result.store(chunk + j * kPixels);

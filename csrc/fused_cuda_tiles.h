@@ -77,15 +77,7 @@ __device__ void load_fours(const Place& place, const In* from, const View& view,
       T sum[kFour] = {};
       Four<T> result;
       if (add) result.load(chunk), result.get(sum);
-#pragma unroll
-      for (int i = 0; i < words; ++i) {
-        if (interleaved && w[i] == 0) continue;
-#pragma unroll
-        for (int q = 0; q < kFour; ++q) {
-          const int index = interleaved ? q * words + i : i * kFour + q;
-          sum[q] += raw[j][index / kFour].template pixel<T>(index % kFour) * w[i];
-        }
-      }
+      add_mix<words, interleaved>(raw[j], w, sum);
       result.set(sum);
       result.store(chunk);
     }
