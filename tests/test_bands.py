@@ -5,6 +5,7 @@ import torch
 from torch.nn.functional import interpolate
 from torchvision.transforms.v2 import functional as F
 
+from common.fused import _layout
 from common.fused import bands as b
 from tests.chains import channels_last
 
@@ -125,3 +126,23 @@ def test_quantized_weights_are_those_of_torchs_uint8(mode):
         bands = b.quantized(b.resize(size, out, mode, dtype=torch.float64), 15)
         actual = (bands.matrix()[0] @ image.double() + 0.5).floor().clamp(0, 255)
         assert torch.equal(actual, expected.double())
+
+
+@pytest.mark.parametrize("wide", [False, True])
+def test_tables_that_are_kept_are_those_of_the_bands(wide, monkeypatch):
+    """Of boxes: bit by bit, whether lengths are new, known, or were dropped for lack of room."""
+    monkeypatch.setattr(_layout, "_kept", {})
+    generator = torch.Generator().manual_seed(0)
+    how = 20, "bicubic", True, torch.float64 if wide else torch.float32, 3
+    for longest, room in ((30, 2**24), (100, 2**24), (60, 2**24), (60, 2**13), (30, 2**24)):
+        monkeypatch.setattr(_layout, "KEPT_BYTES", room)
+        length = torch.randint(1, longest, (12,), generator=generator)
+        start = torch.randint(0, 100, (12,), generator=generator)
+        mask = torch.rand(12, generator=generator) < 0.5
+        boxes = b.Boxes(200, how, start, length).flipped_where(mask)
+        plain = b.resize(200, *how[:4], start=start, length=length).flipped_where(mask)
+        table, expected = (_layout.packed(bands, wide, b.CPU) for bands in (boxes, plain))
+        rows = expected.shape[2]
+        assert torch.equal(table[:, :, :rows], expected)
+        assert not table[:, :, rows:].any()
+        assert torch.equal(boxes.weight, plain.weight)

@@ -7,9 +7,13 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from .bands import CPU, Bands, resize, stack
+from .bands import CPU, Bands, Boxes, resize, stack
 
 LANES = 16  # csrc/fused.h: kLanes, kHalf, HalfGroup
+KEPT_BYTES, KEPT_KINDS = 2**24, 16  # of _kept: 2,000 lengths that become 224 pixels
+_kept: dict[
+    tuple, dict
+] = {}  # of boxes, for each kind of resize: (length, flipped) and their table
 
 
 def aside(function, *arguments):
@@ -49,7 +53,8 @@ def packed(bands: Bands, wide: bool, device: torch.device) -> Tensor:
     key = wide, device
     table = kept.get(key)
     if table is None:
-        table = kept[key] = aside(_pack, bands, wide, device)
+        pack = _pack_boxes if isinstance(bands, Boxes) else _pack
+        table = kept[key] = aside(lambda: pack(bands, wide).to(device))
     return table
 
 
@@ -59,7 +64,7 @@ def adjoint(bands: Bands) -> Bands:
     return bands.__dict__["_adjoint"]
 
 
-def _pack(bands: Bands, wide: bool, device: torch.device) -> Tensor:
+def _pack(bands: Bands, wide: bool) -> Tensor:
     variants, out = bands.first.shape
     first, count, weight = bands.first, bands.count, bands.weight
     if out % LANES:  # the lanes behind the last output pixel repeat it
@@ -93,7 +98,43 @@ def _pack(bands: Bands, wide: bool, device: torch.device) -> Tensor:
     weights = table[:, :, 3:].view(torch.float64 if wide else torch.float32)
     weights = weights.view(variants, groups, taps, LANES)
     weights.copy_(weight.unflatten(1, (groups, LANES)).mT)
-    return table.to(device)
+    return table
+
+
+def _pack_boxes(bands: Boxes, wide: bool) -> Tensor:
+    """The same of boxes: the tables of their lengths, moved to where the boxes start."""
+    kept = _kept.get((wide, bands.how), {})
+    keys = list(zip(bands.length.tolist(), bands.flips.tolist(), strict=True))
+    if not kept.keys() >= set(keys):
+        # a new dictionary, as other threads read the old one
+        kept = _kept[wide, bands.how] = _with_lengths(kept, set(keys), bands, wide)
+    table = torch.stack([kept[key] for key in keys])
+    start = bands.start.to(torch.int32).view(-1, 1, 1)
+    table[:, :, 0] += start  # first
+    table[:, :, 2].unflatten(-1, (2, -1))[..., :2] += start[..., None]  # low and high of each half
+    return table
+
+
+def _with_lengths(kept: dict, keys: set, bands: Boxes, wide: bool) -> dict:
+    """kept and the tables of the keys that it lacks; without its others where there is no room."""
+    made = {}
+    for flip in (False, True):
+        missing = [key for key in keys.difference(kept) if key[1] == flip]
+        if missing:
+            tables = _pack(bands.of_lengths([length for length, _ in missing], flip), wide)
+            made.update(zip(missing, tables, strict=True))
+    # all with room for the same number of taps, each in memory of its own
+    rows = max(table.shape[1] for table in (*made.values(), *list(kept.values())[:1]))
+    size = next(iter(made.values()))[:, :1].nbytes * rows
+    if (len(kept) + len(made)) * size > KEPT_BYTES or len(_kept) > KEPT_KINDS:
+        _kept.clear()
+        kept = {key: kept[key] for key in keys.intersection(kept)}
+    return {
+        key: torch.nn.functional.pad(table, (0, 0, 0, rows - table.shape[1])).clone()
+        if key in made or table.shape[1] < rows
+        else table
+        for key, table in (kept | made).items()
+    }
 
 
 @lru_cache(maxsize=256)
@@ -107,7 +148,7 @@ class Plan:
     def __init__(self, rows: Bands, columns: Bands, wide: bool, device: torch.device) -> None:
         self.bands, self.wide, self.device = (rows, columns), wide, device
         self.tables = packed(rows, wide, device), packed(columns, wide, device)
-        self.numbers = rows.size, columns.size, rows.first.shape[1], columns.first.shape[1]
+        self.numbers = rows.size, columns.size, rows.out, columns.out
         self.sizes = sizes_tensor(*self.numbers)
 
     def transposed(self) -> tuple[Tensor, Tensor]:

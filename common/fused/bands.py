@@ -6,7 +6,7 @@ aten/src/ATen/native/cpu/UpSampleKernel.cpp).
 """
 
 import math
-from functools import lru_cache, reduce
+from functools import cached_property, lru_cache, reduce
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from .banded import CPU, Bands, stack
 __all__ = [
     "CPU",
     "Bands",
+    "Boxes",
     "blur",
     "crop",
     "identity",
@@ -108,15 +109,49 @@ def _resize(size, out, mode, antialias, dtype, channels, start, length) -> Bands
 def resize_axes(old, new, mode, antialias, dtype, channels, boxes) -> list[Bands]:
     """The bands of rows and columns: old and new are (height, width); boxes: None, or int64 (4, V),
     top, left, height and width of what to resize."""
-    how = {"mode": mode, "antialias": antialias, "dtype": dtype, "channels": channels}
+    how = mode, antialias, dtype, channels
     if boxes is None:
-        return [resize(old[a], new[a], **how) for a in range(2)]
-    starts, lengths = boxes[:2], boxes[2:]
-    if new[0] != new[1]:
-        return [resize(old[a], new[a], **how, start=starts[a], length=lengths[a]) for a in range(2)]
-    both = resize(0, new[0], **how, start=starts.flatten(), length=lengths.flatten())
-    halves = zip(both.first.chunk(2), both.count.chunk(2), both.weight.chunk(2), strict=True)
-    return [Bands(*half, size) for half, size in zip(halves, old, strict=True)]
+        return [_whole(old[a], new[a], *how) for a in range(2)]
+    return [Boxes(old[a], (new[a], *how), boxes[a], boxes[2 + a]) for a in range(2)]
+
+
+class Boxes(Bands):
+    """The bands of `resize` with start and length, computed when somebody asks for them. A kernel
+    needs their packed form alone. `_layout` makes it of those of the lengths, which it keeps, as
+    the same few hundred lengths come again."""
+
+    def __init__(self, size: int, how: tuple, start: Tensor, length: Tensor, flips=None) -> None:
+        """how: the result's size, and mode, antialias, dtype and channels as `resize` takes them.
+        flips: bool (V,), which results are flipped."""
+        flips = torch.zeros_like(length, dtype=torch.bool) if flips is None else flips
+        vars(self).update(size=size, how=how, start=start, length=length, flips=flips)
+
+    @cached_property
+    def _made(self) -> Bands:
+        made = _resize(self.size, *self.how, self.start, self.length)
+        return made.flipped_where(self.flips)
+
+    first = property(lambda self: self._made.first)
+    count = property(lambda self: self._made.count)
+    weight = property(lambda self: self._made.weight)
+    out = property(lambda self: self.how[0])
+
+    def __len__(self) -> int:
+        return len(self.length)
+
+    def flipped(self) -> Bands:
+        return self.flipped_where(torch.ones_like(self.flips))
+
+    def flipped_where(self, mask: Tensor) -> Bands:
+        return Boxes(self.size, self.how, self.start, self.length, self.flips ^ mask)
+
+    def select(self, index: Tensor) -> Bands:
+        return Boxes(self.size, self.how, self.start[index], self.length[index], self.flips[index])
+
+    def of_lengths(self, lengths: list[int], flip: bool) -> Bands:
+        """Of whole images of these lengths, all flipped or none, as torch resizes them."""
+        made = _resize(0, *self.how, None, torch.tensor(lengths, device=CPU))
+        return made.flipped() if flip else made
 
 
 def quantized(bands: Bands, bits: int) -> Bands:
