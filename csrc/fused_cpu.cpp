@@ -39,6 +39,8 @@ constexpr int64_t kStageBytes = 1 << 14;
 constexpr int64_t kRingPixels = 2048;
 // What the first-level cache holds of the rows of one channel.
 constexpr int64_t kBlockPixels = 4096;
+// An image of up to this size is asked for while the one before it is worked on.
+constexpr int64_t kAheadBytes = 1 << 16;
 // Rows of a crop are asked for so early: the processor's own prefetching follows whole rows only.
 constexpr int64_t kAheadRows = 8;
 
@@ -69,25 +71,22 @@ int64_t first_of(const Bands& bands, const int32_t* table, int64_t o) {
 // What the output pixels [begin, end) see.
 Range range_of(const Bands& bands, const int32_t* table, int64_t begin, int64_t end) {
   Range range{bands.in, 0};
-  for (int64_t o = begin; o < end; ++o) {
+  for (int64_t o = begin; o < end;) {
     const Group& group = group_of(table, bands.rows, o);
-    const int64_t first = group.first[o % kLanes], count = group.count[o % kLanes];
-    if (count == 0) continue;
-    range = {std::min(range.low, first), std::max(range.high, first + count)};
+    const int lane = o % kLanes, half = lane / kHalf;
+    int64_t low = group.first[lane], high = low + group.count[lane], more = 1;
+    if (lane % kHalf == 0 && (end - o >= kHalf || end == bands.out)) {  // lanes behind repeat
+      low = group.halves[half].low, high = group.halves[half].high, more = kHalf;
+    }
+    if (low < high) range = {std::min(range.low, low), std::max(range.high, high)};
+    o += more;
   }
   return range.low < range.high ? range : Range{0, 0};
 }
 
 // What all output pixels see.
 Range range_of(const Bands& bands, const int32_t* table) {
-  Range range{bands.in, 0};
-  for (int64_t o = 0; o < bands.out; o += kLanes) {
-    for (const HalfGroup& half : group_of(table, bands.rows, o).halves) {
-      if (half.low == half.high) continue;
-      range = {std::min<int64_t>(range.low, half.low), std::max<int64_t>(range.high, half.high)};
-    }
-  }
-  return range.low < range.high ? range : Range{0, 0};
+  return range_of(bands, table, 0, bands.out);
 }
 
 #ifdef FUSED_X86
