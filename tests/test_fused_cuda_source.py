@@ -1,5 +1,5 @@
 """The CUDA kernel without a GPU: its source runs on the CPU (tests/host_cuda.h) through the tests
-of the operator and under the sanitizers, and compiles for an architecture."""
+of the operator and under the sanitizers. `.ci/run` compiles it."""
 
 import os
 import re
@@ -73,26 +73,3 @@ def test_under_sanitizers(sanitizer, cases, tmp_path):
         pytest.skip(f"the compiler cannot build with {sanitizer}: {error.stderr[-200:]}")
     done = subprocess.run([program, "1", str(cases)], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-
-
-# torch's CUDA_HOME is None where torch was built without CUDA, also beside a toolkit
-NVCC = (
-    shutil.which("nvcc", path=os.path.join(os.environ.get("CUDA_HOME", os.devnull), "bin"))
-    or shutil.which("nvcc")
-    or shutil.which("nvcc", path="/usr/local/cuda/bin")
-)
-
-
-@pytest.mark.skipif(NVCC is None, reason="no nvcc in $CUDA_HOME/bin, PATH, /usr/local/cuda/bin")
-@pytest.mark.parametrize("architecture", ["sm_90"])
-def test_compiles_without_spills(architecture, tmp_path):
-    flags = [*_build.FLAGS, STANDARD, "-DUSE_CUDA", f"-arch={architecture}", "-Xptxas=-v"]
-    output = tmp_path / "fused.o"
-    command = [NVCC, *flags, *INCLUDES, "-c", "csrc/fused_cuda.cu", "-o", str(output)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    if "Unsupported gpu architecture" in done.stderr:
-        pytest.skip(f"this nvcc does not know {architecture}")
-    assert done.returncode == 0, done.stderr[-3000:]
-    spills = [line for line in done.stderr.splitlines() if "spill" in line]
-    assert spills
-    assert all("0 bytes spill stores, 0 bytes spill loads" in line for line in spills)
