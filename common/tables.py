@@ -66,14 +66,18 @@ def write(stem: Path, document: dict[str, Any]) -> None:
     growth = stem.with_name(stem.name + "-growth.png")
     bench_figures.growth(growth, document["growth"], document["crossover"], title)
     chains = stem.with_name(stem.name + "-chains.png")
-    bench_figures.chains(chains, document["chains"], TITLES, title)
+    photographs = (
+        f"{max((row['images'] for row in document['chains']), default=0)} synthetic photographs"
+    )
+    bench_figures.chains(chains, document["chains"], TITLES, describe(document, photographs))
     print(f"results in {stem}.json, .md, .png, -growth.png and -chains.png")
 
 
-def describe(document: dict[str, Any]) -> str:
-    """What was measured where, in one line."""
+def describe(document: dict[str, Any], what: str = "") -> str:
+    """What was measured where, in one line. what: other images than those of the rows."""
     e, args = document["environment"], document["args"]
-    title = f"{args['images']} {document['data']} images, {args['runs']} runs, torch {e['torch']}, "
+    what = what or f"{args['images']} {document['data']} images"
+    title = f"{what}, {args['runs']} runs, torch {e['torch']}, "
     title += f"{e['threads']} threads of {e['processor']} "
     title += f"({', '.join(e['instruction_sets'])})"
     title += f", {e['gpu']}" if e["gpu"] else ""
