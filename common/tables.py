@@ -66,10 +66,9 @@ def write(stem: Path, document: dict[str, Any]) -> None:
     growth = stem.with_name(stem.name + "-growth.png")
     bench_figures.growth(growth, document["growth"], document["crossover"], title)
     chains = stem.with_name(stem.name + "-chains.png")
-    photographs = (
-        f"{max((row['images'] for row in document['chains']), default=0)} synthetic photographs"
-    )
-    bench_figures.chains(chains, document["chains"], TITLES, describe(document, photographs))
+    images = max((row["images"] for row in document["chains"]), default=0)
+    title = describe(document, f"{images} synthetic photographs")
+    bench_figures.chains(chains, document["chains"], TITLES, title)
     print(f"results in {stem}.json, .md, .png, -growth.png and -chains.png")
 
 

@@ -11,9 +11,7 @@ from .bands import CPU, Bands, Boxes, resize, stack
 
 LANES = 16  # csrc/fused.h: kLanes, kHalf, HalfGroup
 KEPT_BYTES, KEPT_KINDS = 2**24, 16  # of _kept: 2,000 lengths that become 224 pixels
-_kept: dict[
-    tuple, dict
-] = {}  # of boxes, for each kind of resize: (length, flipped) and their table
+_kept: dict[tuple, dict] = {}  # for each kind of resize: (length, flipped) and their table
 
 
 def aside(function, *arguments):
