@@ -74,8 +74,8 @@ def assess(method: Method, table: list[Method], args: Any) -> None:
 
 def report_cases(images: Tensor, device: torch.device, table: list[Method]) -> Iterator[Case]:
     """The report's protocol on one device: the chain first, then the nets, with other methods in
-    the loader's batches beside them. On a GPU each twice: as the report's clock stopped, which did
-    not wait for the last kernels, and waiting for them."""
+    the loader's batches beside them. On a GPU what the report timed stands twice: as its clock
+    stopped, which did not wait for the last kernels, and waiting for them."""
     x = data.to_float(images)
     here = x.to(device)
 
@@ -107,7 +107,8 @@ def report_cases(images: Tensor, device: torch.device, table: list[Method]) -> I
         skip, seconds = method.skip, method.cost * len(x)
         if not skip and seconds > PASS_LIMIT_S:
             skip = f"skipped: one pass would take {seconds:.0f} s"
-        for waits in [True, False] if device.type == "cuda" else [True]:
+        both = device.type == "cuda" and name in (SEQUENTIAL, "fc", "cnn")
+        for waits in [True, False] if both else [True]:
             yield Case(
                 name, device.type, "report", method.dtype, batch, len(x), run, method.kind,
                 note if waits else f"{note} (the last kernels are not waited for)".strip(),

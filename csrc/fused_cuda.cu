@@ -61,9 +61,12 @@ int64_t taps_of(const Bands& bands) {
 
 int64_t whole_fours(int64_t n) { return (n + kFour - 1) / kFour * kFour; }
 
-// About how many input pixels `size` output pixels see: a chunk of this length is loaded once.
+// About how many input pixels `size` output pixels see: a chunk of this length is loaded once. By
+// the axis' lengths, or, as a crop leaves much of it, by the taps: twice the scale, for bilinear.
 int64_t reach(const Bands& bands, int64_t taps, int64_t size) {
-  return std::min((size * bands.in + bands.out - 1) / bands.out + taps + 1, bands.in);
+  int64_t seen = (size * bands.in + bands.out - 1) / bands.out;
+  if (taps > 2) seen = std::min(seen, size * taps / 2);
+  return std::min(seen + taps + 1, bands.in);
 }
 
 // Whether four neighbouring pixels can be loaded at once wherever a row, plane or image begins.
@@ -80,33 +83,42 @@ Load load_of(const Problem& p, int channels) {
 
 template <typename T>
 Tiling tiling_of(const Problem& p, int64_t processors) {
-  const int64_t height = p.rows.out, width = p.columns.out;
-  Tiling t{};
+  constexpr int64_t most = kChunkBytes / sizeof(T);
   const int64_t row_taps = taps_of<T>(p.rows), column_taps = taps_of<T>(p.columns);
-  t.more_rows = row_taps > kFew, t.more_columns = column_taps > kFew;
-  const auto parts = [](int64_t n, int64_t size) {
-    return static_cast<int>((n + size - 1) / size);
+  const auto parts = [](int64_t n, int64_t size) { return (n + size - 1) / size; };
+  // whole halves of groups: what these see is known
+  const auto halves = [&](int64_t n) { return parts(n, kHalf) * kHalf; };
+  const auto share = [&](int64_t n, int64_t size) { return halves(parts(n, parts(n, size))); };
+  const auto pitch = [&](int64_t width) {
+    return whole_fours(reach(p.columns, column_taps, width) + kFour - 1);
   };
-  t.across = parts(width, std::min<int64_t>(kTileBytes / sizeof(T), kThreads));
-  t.width = static_cast<int>(whole_fours(parts(width, t.across)));
-  t.across = parts(width, t.width);
-  t.down = parts(height, kTileHeight);
-  // a tile is made smaller where there are too few for all processors
-  while (parts(height, t.down) > 4 && p.images * t.across * t.down < 2 * processors) t.down *= 2;
-  t.height = parts(height, t.down);
-  t.down = parts(height, t.height);
-  t.tiles = p.images * t.across * t.down;
-  t.pitch = static_cast<int>(std::min<int64_t>(
-      whole_fours(reach(p.columns, column_taps, t.width) + kFour - 1), kChunkBytes / sizeof(T)));
-  t.chunk_rows = static_cast<int>(std::min<int64_t>(reach(p.rows, row_taps, t.height), kChunkRows));
+  int64_t height = share(p.rows.out, kTileHeight);
+  int64_t width = share(p.columns.out, std::min<int64_t>(kTileBytes / sizeof(T), kThreads));
+  // a tile is made smaller where a chunk would not hold what it sees, or to have two for each
+  // processor
+  while (height > kHalf && reach(p.rows, row_taps, height) > kChunkRows) {
+    height = share(p.rows.out, height - kHalf);
+  }
+  while (width > kHalf && pitch(width) > most) width = share(p.columns.out, width - kHalf);
+  const auto tiles = [&] {
+    return p.images * parts(p.rows.out, height) * parts(p.columns.out, width);
+  };
+  while (std::max(height, width) > kHalf && tiles() < 2 * processors) {
+    (height > width ? height : width) = halves((height > width ? height : width) / 2);
+  }
+  Tiling t{};
+  t.height = static_cast<int>(height), t.width = static_cast<int>(width);
+  t.across = static_cast<unsigned>(parts(p.columns.out, width));
+  t.down = static_cast<unsigned>(parts(p.rows.out, height));
+  t.tiles = tiles();
+  t.pitch = static_cast<int>(std::min(pitch(width), most));
+  t.chunk_rows = static_cast<int>(std::min<int64_t>(reach(p.rows, row_taps, height), kChunkRows));
   const Shape shape(t.pitch, t.height);
-  const int chunk = t.chunk_rows * t.pitch, tile = shape.groups * kFour * t.width;
-  const bool alias = t.pitch >= p.columns.in;  // the tile takes the chunk's place
-  t.sums = alias ? std::max(chunk, tile) : chunk;
-  t.windows = t.sums + shape.groups * shape.stride;
-  const int end = t.windows + shape.groups * kFour * (kFew + 1);
-  t.tile = alias ? 0 : end;
-  t.bytes = (alias ? end : end + tile) * static_cast<int>(sizeof(T));
+  t.windows = t.chunk_rows * t.pitch;
+  t.sums = t.windows + shape.groups * kFour * (kFew + 1);
+  t.tile = t.sums + shape.groups * shape.stride;
+  const bool used = t.pitch < p.columns.in;  // else a chunk holds whole rows
+  t.bytes = (t.tile + (used ? t.height * t.width : 0)) * static_cast<int>(sizeof(T));
   return t;
 }
 
@@ -145,19 +157,11 @@ int small_terms(const Problem& p, const Terms<float>& terms, Load load, int64_t 
 }
 
 SmallTiling small_tiling(const Problem& p) {
-  const int height = static_cast<int>(p.rows.out), width = static_cast<int>(p.columns.out);
-  const Shape shape(static_cast<int>(p.columns.in), height);
+  const Shape shape(static_cast<int>(p.columns.in), static_cast<int>(p.rows.out));
   const int pixels = static_cast<int>(p.rows.in * p.columns.in);
-  const int windows = std::max(pixels, shape.groups * kFour * width);  // the tile takes its place
-  const int sums = windows + shape.groups * kFour * (kFew + 1);
+  const int sums = pixels + shape.groups * kFour * (kFew + 1);  // behind the windows
   const int bytes = (sums + shape.groups * shape.stride) * static_cast<int>(sizeof(float));
-  return {pixels,
-          windows,
-          sums,
-          bytes,
-          shape,
-          taps_of<float>(p.rows) > kFew,
-          taps_of<float>(p.columns) > kFew};
+  return {pixels, sums, bytes, shape};
 }
 
 template <typename In, typename T>

@@ -74,9 +74,7 @@ __device__ Out converted(T x) {
     // the sum's low bits hold x, rounded to nearest, ties to even
     using Bits = std::conditional_t<sizeof(T) == 8, uint64_t, uint32_t>;
     constexpr T whole = sizeof(T) == 8 ? T(6755399441055744.0) : T(12582912.0);
-    x = x > 0 ? x : T(0);  // a NaN becomes 0
-    x = x < 255 ? x : T(255);
-    const T sum = x + whole;
+    const T sum = (x > 0 ? x < 255 ? x : T(255) : T(0)) + whole;  // a NaN becomes 0
     Bits bits;
     memcpy(&bits, &sum, sizeof(bits));
     return static_cast<uint8_t>(bits);
@@ -174,15 +172,24 @@ __device__ void read_windows(int rank, int size, const Bands& bands, const int32
   }
 }
 
-// The vertical pass. The four rows of a column lie side by side afterwards, so that the horizontal
-// pass reads them at once.
+// The vertical pass, over the rows that `read_windows` was told of. The four rows of a column lie
+// side by side afterwards, so that the horizontal pass reads them at once.
 template <typename T>
-__device__ void resample_rows(const Place& place, const Shape& shape, const Window<T>* windows,
-                              bool add, const T* mixed, T* sums) {
+__device__ void resample_rows(const Place& place, const Bands& bands, const int32_t* table,
+                              int begin, int y0, int rows, const Shape& shape,
+                              const Window<T>* windows, bool add, const T* mixed, T* sums) {
   mixed += place.x * kFour;
 #pragma unroll 1
   for (int g = place.y; g < shape.groups; g += place.step) {
     T sum[kFour][kFour] = {};
+    const auto add_row = [&](int j, const T* from, T weight) {
+      Four<T> four;
+      T pixels[kFour];
+      four.load(from);
+      four.get(pixels);
+#pragma unroll
+      for (int q = 0; q < kFour; ++q) sum[q][j] += pixels[q] * weight;
+    };
     if (add) {
 #pragma unroll
       for (int q = 0; q < kFour; ++q) {
@@ -197,13 +204,13 @@ __device__ void resample_rows(const Place& place, const Shape& shape, const Wind
       const T* from = mixed + window.head % (1u << kCountShift);
 #pragma unroll
       for (unsigned t = 0; t < kFew; ++t, from += shape.pitch) {
-        if (window.head < (t + 1) << kCountShift) continue;
-        Four<T> four;
-        T pixels[kFour];
-        four.load(from);
-        four.get(pixels);
-#pragma unroll
-        for (int q = 0; q < kFour; ++q) sum[q][j] += pixels[q] * window.weights[t];
+        if (window.head >= (t + 1) << kCountShift) add_row(j, from, window.weights[t]);
+      }
+      if (window.head < (kFew + 1u) << kCountShift) continue;
+      const Taps<T> taps(bands, table, begin + g * kFour + j, y0, rows);
+#pragma unroll 1
+      for (int t = kFew; t < taps.count; ++t, from += shape.pitch) {
+        add_row(j, from, taps.weights[t * kLanes]);
       }
     }
 #pragma unroll
@@ -215,171 +222,127 @@ __device__ void resample_rows(const Place& place, const Shape& shape, const Wind
   }
 }
 
-// The taps beyond the first, added: of the same rows as in read_windows.
-template <typename T>
-__device__ void resample_rows_more(const Place& place, const Bands& bands, const int32_t* table,
-                                   int begin, int height, int y0, int rows, const Shape& shape,
-                                   const T* mixed, T* sums) {
-  const int x = place.x * kFour;
-#pragma unroll 1
-  for (int g = place.y; g < shape.groups; g += place.step) {
-#pragma unroll 1
-    for (int j = 0; j < kFour && g * kFour + j < height; ++j) {
-      const Taps<T> taps(bands, table, begin + g * kFour + j, y0, rows);
-#pragma unroll 1
-      for (int t = kFew; t < taps.count; ++t) {
-        const T* const from = mixed + (taps.first + t) * shape.pitch + x;
-        const T w = taps.weights[t * kLanes];
-#pragma unroll
-        for (int q = 0; q < kFour; ++q) {
-          sums[g * shape.stride + Shape::slot(x + q) + j] += from[q] * w;
-        }
-      }
-    }
-  }
-}
-
 // The horizontal pass, of the column of the target that a thread makes.
 template <typename T>
 struct Column {
-  int count, at[kFew];
+  int first, count, at[kFew];
   T weights[kFew];
+  const T* more;  // weights
 
   __device__ void set(const Taps<T>& taps) {
-    count = taps.count;
+    first = taps.first, count = taps.count, more = taps.weights;
 #pragma unroll
     for (int t = 0; t < kFew; ++t) {
       weights[t] = t < count ? taps.weights[t * kLanes] : T(0);
-      at[t] = Shape::slot(taps.first + t);
+      at[t] = Shape::slot(first + t);
     }
   }
 
-  __device__ void resample(const Place& place, const Shape& shape, int width, bool add,
-                           const T* sums, T* tile) const {
-    sums += place.y * shape.stride, tile += place.y * kFour * width + place.x;
+  // Calls use(row, sums of the four rows from it on).
+  template <typename Use>
+  __device__ void resample(const Place& place, const Shape& shape, int count, const T* sums,
+                           Use use) const {
+    sums += place.y * shape.stride;
 #pragma unroll 1
     for (int g = place.y; g < shape.groups; g += place.step) {
       T sum[kFour] = {};
-      if (add) {
-#pragma unroll
-        for (int j = 0; j < kFour; ++j) sum[j] = tile[j * width];
-      }
-#pragma unroll
-      for (int t = 0; t < kFew; ++t) {
-        if (t >= count) continue;
+      const auto add_column = [&](int at, T weight) {
         Four<T> four;
         T pixels[kFour];
-        four.load(sums + at[t]);
+        four.load(sums + at);
         four.get(pixels);
 #pragma unroll
-        for (int j = 0; j < kFour; ++j) sum[j] += pixels[j] * weights[t];
-      }
+        for (int j = 0; j < kFour; ++j) sum[j] += pixels[j] * weight;
+      };
 #pragma unroll
-      for (int j = 0; j < kFour; ++j) tile[j * width] = sum[j];
-      sums += place.step * shape.stride, tile += place.step * kFour * width;
+      for (int t = 0; t < kFew; ++t) {
+        if (t < count) add_column(at[t], weights[t]);
+      }
+#pragma unroll 1
+      for (int t = kFew; t < count; ++t) add_column(Shape::slot(first + t), more[t * kLanes]);
+      use(g * kFour, sum);
+      sums += place.step * shape.stride;
     }
   }
 };
 
-// The taps beyond the first, added.
-template <typename T>
-__device__ void resample_columns_more(const Place& place, const Taps<T>& taps, const Shape& shape,
-                                      int width, const T* sums, T* tile) {
-#pragma unroll 1
-  for (int t = kFew; t < taps.count; ++t) {
-    const T* const from = sums + Shape::slot(taps.first + t);
-    const T w = taps.weights[t * kLanes];
-#pragma unroll 1
-    for (int g = place.y; g < shape.groups; g += place.step) {
+// Four rows of a column into channel k of the target, from `to` on, as far as there are rows:
+// scaled, with the bias, and clamped. The threads of a warp have neighbouring columns. `plain`:
+// neither clamped nor a scale of 0, which says that the sum is no part of the channel.
+template <bool plain, typename Out, typename T>
+__device__ void store(const Terms<T>& terms, int k, T scale, T bias, int64_t row, int rows,
+                      const T (&sum)[kFour], Out* to) {
+  T pixels[kFour];
 #pragma unroll
-      for (int j = 0; j < kFour; ++j) {
-        tile[(g * kFour + j) * width + place.x] += from[g * shape.stride + j] * w;
-      }
-    }
+  for (int j = 0; j < kFour; ++j) {
+    pixels[j] = !plain && scale == 0 ? bias : sum[j] * scale + bias;
   }
-}
-
-// Pixels of the tile into channel k of the target: scaled, with the bias, and clamped.
-template <typename Out, typename T, int n>
-__device__ void finish(const Terms<T>& terms, int k, bool clamped, T (&pixels)[n], Out (&out)[n]) {
-  const T scale = terms.scale[k], bias = terms.bias[k];
-#pragma unroll
-  for (int q = 0; q < n; ++q) pixels[q] = pixels[q] * scale + bias;
-  if (clamped) {
+  if (!plain && terms.clamped) {
     const T low = terms.low[k], high = terms.high[k];
 #pragma unroll
-    for (int q = 0; q < n; ++q) {
-      pixels[q] = pixels[q] < low ? low : pixels[q] > high ? high : pixels[q];
+    for (int j = 0; j < kFour; ++j) {
+      pixels[j] = pixels[j] < low ? low : pixels[j] > high ? high : pixels[j];
     }
   }
+  if (rows >= kFour) {
 #pragma unroll
-  for (int q = 0; q < n; ++q) out[q] = converted<Out>(pixels[q]);
-}
-
-// The tile into channel k of the target, whose pixel at the tile's origin is `to`. `width` is at
-// most `size`.
-template <typename Out, typename T>
-__device__ void store(int rank, int size, const View& view, const Terms<T>& terms, int k,
-                      int height, int width, const T* tile, Out* to) {
-  const bool plain = terms.scale[k] != 0 && !terms.clamped;  // 0: nothing is mixed into it
-  const unsigned row = static_cast<unsigned>(view.row);
-  const unsigned address = static_cast<unsigned>(reinterpret_cast<uintptr_t>(to));
-  const bool one = view.column == 1 && view.row == width;  // one long row
-  const auto four = [&](auto is_plain, int at, Out* target) {
-    constexpr bool simple = decltype(is_plain)::value;
-    Four<T> from;
-    Four<Out> result;
-    T pixels[kFour] = {};
-    Out out[kFour];
-    if (simple || terms.scale[k] != 0) from.load(tile + at), from.get(pixels);
-    finish(terms, k, !simple && terms.clamped, pixels, out);
-    result.set(out);
-    result.store_global(target);
-  };
-  const auto fours = [&](auto is_plain) {
-    if (one) {
-#pragma unroll 1
-      for (int i = rank * kFour; i < width * height; i += size * kFour) four(is_plain, i, to + i);
-      return;
-    }
-    const Place place(rank, size, width / kFour);
-    to += place.y * view.row + place.x * kFour;
-#pragma unroll 1
-    for (int y = place.y; y < height && place.y < place.step; y += place.step) {
-      four(is_plain, y * width + place.x * kFour, to);
-      to += place.step * view.row;
-    }
-  };
-  if (view.column == 1 && width % kFour == 0 && (one || row % kFour == 0) &&
-      address % sizeof(typename Four<Out>::Word) == 0) {
-    return plain ? fours(std::true_type()) : fours(std::false_type());
+    for (int j = 0; j < kFour; ++j) to[j * row] = converted<Out>(pixels[j]);
+    return;
   }
-  const Place place(rank, size, width);
-  to += place.y * view.row + place.x * view.column;
 #pragma unroll 1
-  for (int y = place.y; y < height && place.y < place.step; y += place.step) {
-    T pixel[1] = {terms.scale[k] != 0 ? tile[y * width + place.x] : T(0)};
-    Out out[1];
-    finish(terms, k, terms.clamped, pixel, out);
-    to[0] = out[0];
-    to += place.step * view.row;
+  for (int j = 0; j < rows; ++j, to += row) {
+    *to = converted<Out>(j == 0 ? pixels[0] : j == 1 ? pixels[1] : pixels[2]);
   }
 }
 
-// `at`: where the tile's origin is in channel 0 of the target.
-template <typename T>
-__device__ void store_as(const Problem& p, int rank, int size, const Terms<T>& terms, int k,
-                         int height, int width, const T* tile, int64_t at) {
+// Calls step(the target as what it is): the pixel at `at` of channel 0.
+template <typename T, typename Step>
+__device__ void with_target(const Problem& p, int64_t at, Step step) {
   using torch::headeronly::BFloat16;
   using torch::headeronly::Half;
-  const auto as = [&](auto* target) {
-    store(rank, size, p.to, terms, k, height, width, tile, target + at + k * p.to.channel);
-  };
-  if (p.to_type == ScalarType::Float) return as(static_cast<float*>(p.target));
-  if (p.to_type == ScalarType::Byte) return as(static_cast<uint8_t*>(p.target));
-  if (p.to_type == ScalarType::Half) return as(static_cast<Half*>(p.target));
-  if (p.to_type == ScalarType::BFloat16) return as(static_cast<BFloat16*>(p.target));
-  if constexpr (std::is_same<T, double>::value) as(static_cast<double*>(p.target));
+  if (p.to_type == ScalarType::Float) return step(static_cast<float*>(p.target) + at);
+  if (p.to_type == ScalarType::Byte) return step(static_cast<uint8_t*>(p.target) + at);
+  if (p.to_type == ScalarType::Half) return step(static_cast<Half*>(p.target) + at);
+  if (p.to_type == ScalarType::BFloat16) return step(static_cast<BFloat16*>(p.target) + at);
+  if constexpr (std::is_same<T, double>::value) step(static_cast<double*>(p.target) + at);
+}
+
+// The horizontal pass of mixed channel k and the way out, from the pixel at `at` of channel 0 on.
+// `before`, `after`: what other chunks of these rows have added, or will add, lies in the tile.
+template <typename T>
+__device__ void resample_columns(const Problem& p, const Terms<T>& terms, int k, const Place& place,
+                                 const Shape& shape, const Column<T>& column, int height, int width,
+                                 int64_t at, const T* sums, bool before = false, bool after = false,
+                                 T* tile = nullptr) {
+  const int count = terms.begin[k] < terms.begin[k + 1] ? column.count : 0;
+  const int copies = terms.planes < terms.out ? terms.out : 1;
+  const int64_t row = p.to.row, step = place.step * kFour * row;
+  const T scale = terms.scale[k], bias = terms.bias[k];
+  at += place.y * kFour * row + place.x * p.to.column + k * p.to.channel;
+  with_target<T>(p, at, [&](auto* to) {
+    const auto plain = [&](int y, T(&sum)[kFour]) {
+      store<true>(terms, k, scale, bias, row, height - y, sum, to);
+      to += step;
+    };
+    const auto any = [&](int y, T(&sum)[kFour]) {
+      T* const kept = tile + y * width + place.x;
+#pragma unroll
+      for (int j = 0; j < kFour; ++j) {
+        if (before) sum[j] += kept[j * width];
+        if (after) kept[j * width] = sum[j];
+      }
+      for (int i = 0; i < copies && !after; ++i) {
+        store<false>(terms, k + i, terms.scale[k + i], terms.bias[k + i], row, height - y, sum,
+                     to + i * p.to.channel);
+      }
+      to += step;
+    };
+    if (before || after || copies > 1 || terms.clamped || scale == 0) {
+      column.resample(place, shape, count, sums, any);
+    } else {
+      column.resample(place, shape, count, sums, plain);
+    }
+  });
 }
 
 }  // namespace

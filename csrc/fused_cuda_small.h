@@ -11,10 +11,9 @@ constexpr int kBlocks = 4;      // resident on a processor, by registers; 5 spil
 constexpr int kWarpImages = 4;  // images for each processor from which on a warp takes each
 
 struct SmallTiling {
-  int pixels;                // of a plane
-  int windows, sums, bytes;  // floats from the chunk's begin; bytes for a warp
+  int pixels;       // of a plane; the windows lie behind them
+  int sums, bytes;  // floats from the chunk's begin; bytes for a warp
   Shape shape;
-  bool more_rows, more_columns;  // than kFew taps
 };
 
 // What a thread loads before it mixes: fours of neighbouring pixels, kPixels apart, of each term.
@@ -81,8 +80,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   const Shape& shape = tiling.shape;
   const Place fours(rank, kWarp, shape.pitch / kFour), column(rank, kWarp, width);
   float* const chunk = reinterpret_cast<float*>(memory + team * tiling.bytes);
-  auto* const windows = reinterpret_cast<Window<float>*>(chunk + tiling.windows);
-  float *const sums = chunk + tiling.sums, *const tile = chunk;  // the tile takes its place
+  auto* const windows = reinterpret_cast<Window<float>*>(chunk + tiling.pixels);
+  float* const sums = chunk + tiling.sums;
   const int left = tiling.pixels - rank * kFour;
   bool first = true;
   Column<float> own;
@@ -118,23 +117,11 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
     first = false;
     __syncwarp();
     if (fours.y < fours.step) {
-      resample_rows(fours, shape, windows, false, chunk, sums);
-      if (tiling.more_rows) {
-        resample_rows_more(fours, p.rows, row_table, 0, height, 0, rows, shape, chunk, sums);
-      }
+      resample_rows(fours, p.rows, row_table, 0, 0, rows, shape, windows, false, chunk, sums);
     }
     __syncwarp();
     if (column.y < column.step) {
-      own.resample(column, shape, width, false, sums, tile);
-      if (tiling.more_columns) {
-        const Taps<float> taps(p.columns, column_table, column.x, 0, columns);
-        resample_columns_more(column, taps, shape, width, sums, tile);
-      }
-    }
-    __syncwarp();
-    const int64_t target = p.to.image(n);
-    for (int i = k; i < (mix.planes < mix.out ? mix.out : k + 1); ++i) {
-      store_as(p, rank, kWarp, mix, i, height, width, tile, target);
+      resample_columns(p, mix, k, column, shape, own, height, width, p.to.image(n), sums);
     }
     __syncwarp();
   } while (next.n < p.images);

@@ -7,10 +7,16 @@
 namespace fused {
 namespace {
 
-// Of a launch; see Tiling for what they bound. They are estimates.
-constexpr int kTileHeight = 24, kTileBytes = 256;  // of the target: rows, bytes of T in a row
-constexpr int kChunkRows = 40, kChunkBytes = 512;  // of the source, in shared memory
+// Of a launch; see Tiling for what they bound. Found with counts of instructions and the clock, on
+// the chain Resize(256), CenterCrop(224) of photographs and on 512 -> 224.
+constexpr int kTileHeight = 32, kTileBytes = 256;  // of the target: rows, bytes of T in a row
+constexpr int kChunkRows = 64, kChunkBytes = 416;  // of the source, in shared memory
 constexpr int kBlocksPerProcessor = 8;             // more than are resident
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+constexpr int kResident = 3;  // by registers: sm_100 code spills with 4, sm_90 code with 5
+#else
+constexpr int kResident = 4;
+#endif
 
 enum class Load { kPlanes, kInterleaved, kAny };  // whole fours of a row; of RGB pixels; pixels
 
@@ -18,9 +24,8 @@ enum class Load { kPlanes, kInterleaved, kAny };  // whole fours of a row; of RG
 // part of the source at work. Lengths in pixels, offsets in T.
 struct Tiling {
   int height, width, chunk_rows, pitch, sums, tile, windows, bytes;
-  int down, across;
+  unsigned down, across;
   int64_t tiles;
-  bool more_rows, more_columns;  // than kFew taps
   Load load;
 };
 
@@ -32,10 +37,11 @@ struct Span {
   __device__ Span(const Bands& bands, const int32_t* table, int begin, int size)
       : begin(begin), length(min(static_cast<int>(bands.out) - begin, size)) {
     low = static_cast<int>(bands.in), high = 0;
-    for (int o = begin / kHalf * kHalf; o < begin + length; o += kHalf) {
+#pragma unroll 4
+    for (int o = begin; o < begin + length; o += kHalf) {
       const HalfGroup& half = group_of(table, bands.rows, o).halves[o / kHalf % 2];
-      if (half.low == half.high) continue;
-      low = min(low, half.low), high = max(high, half.high);
+      const bool none = half.low == half.high;
+      low = min(low, none ? low : half.low), high = max(high, none ? high : half.high);
     }
     if (high == 0) low = 0;
   }
@@ -47,7 +53,7 @@ template <int words, bool interleaved, typename In, typename T>
 __device__ void load_fours(const Place& place, const In* from, const View& view,
                            const Terms<T>& terms, int term, int rows, int pitch, int width,
                            bool add, T* chunk) {
-  constexpr int at_once = sizeof(In) < 4 ? kRowsAtOnce<In> / 2 : kRowsAtOnce<In>;
+  constexpr int at_once = sizeof(In) == 4 ? 4 : kRowsAtOnce<In>;
   const int x = place.x * kFour;
   if (x >= width) return;
   const int64_t step = place.step * view.row;
@@ -129,79 +135,93 @@ __device__ void load(const Place& place, const In* source, const View& view, con
   }
 }
 
-// Channel k of the mixed source, resampled, into the tile.
+// The threads' places in a chunk, and the column that each makes. A tile that is one chunk keeps
+// them for all its channels.
+template <typename T>
+struct Work {
+  Shape shape{kFour, kFour};
+  Place fours{0, kThreads, 1}, pixels{0, kThreads, 1};
+  Column<T> column;
+};
+
+// Channel k of the tile, whose origin is at `target`. `kept`: the work is that of the channel
+// before.
 template <typename In, typename T>
 __device__ void resample(const Problem& p, const Terms<T>& terms, const Tiling& tiling, int k,
                          const In* source, const int32_t* row_table, const int32_t* column_table,
-                         const Span& rows, const Span& columns, T* chunk) {
+                         const Span& rows, const Span& columns, bool kept, Work<T>& work,
+                         int64_t target, T* chunk) {
   const int rank = static_cast<int>(threadIdx.x), begin = columns.low / kFour * kFour;
+  const bool empty = terms.begin[k] == terms.begin[k + 1];
   T *const sums = chunk + tiling.sums, *const tile = chunk + tiling.tile;
   Window<T>* const windows = reinterpret_cast<Window<T>*>(chunk + tiling.windows);
   int x0 = begin;
   do {
     const int width = min(columns.high - x0, tiling.pitch);
-    const Shape shape(max((width + kFour - 1) / kFour, 1) * kFour, rows.length);
-    const Place fours(rank, kThreads, shape.pitch / kFour);
+    if (!kept) {
+      work.shape = Shape(max((width + kFour - 1) / kFour, 1) * kFour, rows.length);
+      work.fours = Place(rank, kThreads, work.shape.pitch / kFour);
+      work.pixels = Place(rank, kThreads, columns.length);
+      if (work.pixels.y < work.pixels.step) {
+        const int x = columns.begin + work.pixels.x;
+        work.column.set(Taps<T>(p.columns, column_table, x, x0, width));
+      }
+    }
+    const Place& fours = work.fours;
     int y0 = rows.low;
     do {
       const int height = min(rows.high - y0, tiling.chunk_rows);
-      load(fours, source, p.from, tiling, terms, k, y0, height, x0, width, shape.pitch, chunk);
-      read_windows(rank, kThreads, p.rows, row_table, rows.begin, rows.length, y0, height, shape,
-                   windows);
+      if (!empty) {
+        load(fours, source, p.from, tiling, terms, k, y0, height, x0, width, work.shape.pitch,
+             chunk);
+      }
+      if (!kept) {
+        read_windows(rank, kThreads, p.rows, row_table, rows.begin, rows.length, y0, height,
+                     work.shape, windows);
+      }
       __syncthreads();
-      if (fours.y < fours.step) {
-        resample_rows(fours, shape, windows, y0 != rows.low, chunk, sums);
-        if (tiling.more_rows) {
-          resample_rows_more(fours, p.rows, row_table, rows.begin, rows.length, y0, height, shape,
-                             chunk, sums);
-        }
+      if (fours.y < fours.step && !empty) {
+        resample_rows(fours, p.rows, row_table, rows.begin, y0, height, work.shape, windows,
+                      y0 != rows.low, chunk, sums);
       }
       __syncthreads();
       y0 += tiling.chunk_rows;
     } while (y0 < rows.high);
-    const Place pixels(rank, kThreads, columns.length);
-    if (pixels.y < pixels.step) {
-      const auto taps = [&] {
-        return Taps<T>(p.columns, column_table, columns.begin + pixels.x, x0, width);
-      };
-      Column<T> column;
-      column.set(taps());
-      column.resample(pixels, shape, columns.length, x0 != begin, sums, tile);
-      if (tiling.more_columns) {
-        resample_columns_more(pixels, taps(), shape, columns.length, sums, tile);
-      }
+    if (work.pixels.y < work.pixels.step) {
+      resample_columns(p, terms, k, work.pixels, work.shape, work.column, rows.length,
+                       columns.length, target, sums, x0 != begin, x0 + tiling.pitch < columns.high,
+                       tile);
     }
     x0 += tiling.pitch;
   } while (x0 < columns.high);
-  __syncthreads();
 }
 
 template <typename In, typename T>
-__global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : 4)
+__global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : kResident)
     fused_tiles_kernel(Problem p, Terms<T> terms, Tiling tiling) {
   FUSED_SHARED(memory);
   T* const chunk = reinterpret_cast<T*>(memory);
 
-  for (int64_t index = blockIdx.x; index < tiling.tiles; index += gridDim.x) {
-    const int parts = tiling.down * tiling.across;
-    const int64_t n = index / parts;
-    const int part = static_cast<int>(index - n * parts), down = part / tiling.across;
+  const unsigned parts = tiling.down * tiling.across;
+  unsigned part = blockIdx.x % parts;
+  for (int64_t n = blockIdx.x / parts; n < p.images; n += gridDim.x / parts) {
+    const int down = static_cast<int>(part / tiling.across);
     const int32_t *row_table = p.rows.table(n), *column_table = p.columns.table(n);
     const Span rows(p.rows, row_table, down * tiling.height, tiling.height);
-    const Span columns(p.columns, column_table, (part - down * tiling.across) * tiling.width,
-                       tiling.width);
+    const Span columns(p.columns, column_table,
+                       static_cast<int>(part % tiling.across) * tiling.width, tiling.width);
     const In* const source = static_cast<const In*>(p.source) + p.from.image(n);
     const int64_t target = p.to.image(n) + rows.begin * p.to.row + columns.begin * p.to.column;
+    const bool one = rows.high - rows.low <= tiling.chunk_rows &&
+                     columns.high - columns.low / kFour * kFour <= tiling.pitch;
+    Work<T> work;
     for (int k = 0; k < terms.planes; ++k) {
-      if (terms.begin[k] < terms.begin[k + 1]) {
-        resample(p, terms, tiling, k, source, row_table, column_table, rows, columns, chunk);
-      }
-      for (int i = k; i < (terms.planes < terms.out ? terms.out : k + 1); ++i) {
-        store_as(p, static_cast<int>(threadIdx.x), kThreads, terms, i, rows.length, columns.length,
-                 chunk + tiling.tile, target);
-      }
-      __syncthreads();
+      resample(p, terms, tiling, k, source, row_table, column_table, rows, columns, one && k > 0,
+               work, target, chunk);
     }
+    __syncthreads();
+    part += gridDim.x % parts;
+    if (part >= parts) part -= parts, ++n;
   }
 }
 

@@ -3,6 +3,7 @@
 #
 #     bash results/reproduce.sh            about 70 minutes on two cores with AVX2
 #     bash results/reproduce.sh --quick    the same on few images, in minutes; results/ is not touched
+#     bash results/reproduce.sh --gpu      what needs a GPU; about 6 minutes on an H100
 #
 # Each run's folder lies in runs/reproduce-CODE/, by a digest of the code. What is complete there is
 # not made again, and an interrupted run is resumed, so the same command continues. CNN runs on fewer
@@ -23,7 +24,7 @@ elif [ -n "$(git status --porcelain)" ]; then
 else
     code=$(git rev-parse HEAD:common HEAD:csrc HEAD:train_fc.py HEAD:train_cnn.py HEAD:bench.py |
         git hash-object --stdin)
-    folder=runs/reproduce-${code:0:7}
+    folder=runs/reproduce${1:-}-${code:0:7}
 fi
 
 # minutes, name, command
@@ -47,6 +48,14 @@ jobs="
 2.5 cnn-fixed-3000          train_cnn.py --train-size 3000 --flip fixed
 10  cnn-fixed-perceptual    train_cnn.py --train-size 3000 --flip fixed --perceptual --vgg-size 32 --compare $folder/cnn-fixed-3000/best.pt
 2   ladder                  -m results.ladder $folder
+"
+
+[ "${1:-}" != --gpu ] || jobs="
+0.6 fc                      train_fc.py
+0.5 cnn                     train_cnn.py
+0.5 cnn-fixed               train_cnn.py --flip fixed
+3.5 bench                   bench.py --runs 30 --device cuda --fc $folder/fc/best.pt --cnn $folder/cnn-fixed/best.pt
+1.2 cnn-perceptual          train_cnn.py --perceptual --epochs 1 --precision bf16
 "
 
 left() { # minutes of the jobs that are not complete

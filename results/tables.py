@@ -21,7 +21,8 @@ from common.timing import BATCHED, SEQUENTIAL
 
 RESULTS = Path(__file__).resolve().parent
 README = RESULTS.parent / "README.md"
-MACHINE = "amd-epyc-avx2"  # the folder that the READMEs show
+MACHINE = "amd-epyc-avx2"  # the folders that the READMEs show
+GPU = "nvidia-h100-80gb-hbm3"
 CODE = ("common", "csrc", "train_fc.py", "train_cnn.py", "bench.py")
 BLOCK = re.compile(r"(?s)(<!-- (\w+): drawn by python -m results.tables -->\n).*?(<!--)")
 SPEED = ("fused uint8", "fused", "matmul compiled", "separable compiled", "fc", BATCHED, SEQUENTIAL,
@@ -36,8 +37,8 @@ PICTURES = {"fc": ("loss", "samples"), "cnn": ("samples",), "cnn-fixed-perceptua
 def collect(folder: Path) -> None:
     """Copies the results of one run of reproduce.sh to results/MACHINE/ of the machine they name.
     Raises UserError for uncommitted code."""
-    ladder = json.loads((folder / "ladder.json").read_text())
-    environment = ladder["environment"] | report.hardware()
+    (path,) = (folder / "bench").glob("bench-*.json")
+    environment = json.loads(path.read_text())["environment"]
     place = RESULTS / report.machine_name(environment, gpu=environment["gpu"] is not None)
     runs = {path: json.loads(path.read_text()) for path in sorted(folder.glob("*/metrics.json"))}
     for path, result in runs.items():
@@ -51,7 +52,7 @@ def collect(folder: Path) -> None:
                 result["args"][key] = f"${'DATA_DIR' if key == 'data_dir' else 'VGG16_WEIGHTS'}"
         (place / f"train-{path.parent.name}.json").write_text(json.dumps(result, indent=2) + "\n")
     for name, pictures in PICTURES.items():
-        for picture in pictures:
+        for picture in pictures if (folder / name).exists() else ():
             shutil.copy(folder / name / f"{picture}.png", place / f"train-{name}-{picture}.png")
     for path in [*folder.glob("ladder.*"), *(folder / "bench").glob("bench-*")]:
         shutil.copy(path, place)
@@ -61,35 +62,37 @@ def collect(folder: Path) -> None:
 
 
 @cache
-def load(name: str) -> dict:
-    """The JSON of this name, or of the only one that fits, in the shown machine's folder."""
-    (path,) = (RESULTS / MACHINE).glob(f"{name}.json")
+def load(name: str, machine: str = MACHINE) -> dict:
+    """The JSON of this name, or of the only one that fits, in a machine's folder."""
+    (path,) = (RESULTS / machine).glob(f"{name}.json")
     return json.loads(path.read_text())
 
 
-def run(name: str) -> dict:
+def run(name: str, machine: str = MACHINE) -> dict:
     """The metrics.json of a training run."""
-    return load(f"train-{name}")
+    return load(f"train-{name}", machine)
 
 
-def bench() -> dict:
-    return load("bench-*")
+def bench(machine: str = MACHINE) -> dict:
+    return load("bench-*", machine)
 
 
-def commit() -> str:
-    """The commits of all files. Raises UserError where their code differs."""
-    files = [json.loads(path.read_text()) for path in (RESULTS / MACHINE).glob("*.json")]
+def commit(machine: str = MACHINE) -> str:
+    """The commits of a machine's files. Raises UserError where their code differs."""
+    files = [json.loads(path.read_text()) for path in (RESULTS / machine).glob("*.json")]
     commits = sorted({each["environment"]["commit"] for each in files})
     for other in commits[1:]:
         diff = ["git", "diff", "--quiet", commits[0], other, "--", *CODE]
         if subprocess.run(diff, cwd=RESULTS.parent, capture_output=True).returncode == 1:
-            raise UserError(f"results/{MACHINE} mixes two codes: run bash results/reproduce.sh")
+            raise UserError(f"results/{machine} mixes two codes: run bash results/reproduce.sh")
     return ", ".join(each[:7] for each in commits)
 
 
-def row(name: str, protocol: str) -> dict:
+def row(name: str, protocol: str, machine: str = MACHINE, waits: bool = True) -> dict:
     """The benchmark's timed row with this name and protocol, at its fastest batch size."""
-    rows = [r for r in bench()["rows"] if (r["name"], r["protocol"]) == (name, protocol)]
+    wanted = name, protocol, waits
+    rows = bench(machine)["rows"]
+    rows = [r for r in rows if (r["name"], r["protocol"], r["synchronised"]) == wanted]
     return min((r for r in rows if r["median_s"]), key=lambda r: r["us_per_image"])
 
 
@@ -119,31 +122,41 @@ def lines(*rows: list[str]) -> str:
     return "".join(f"| {' | '.join(cells)} |\n" for cells in (head, ["---"] * len(head), *body))
 
 
-def place() -> str:
+def place(machine: str = MACHINE) -> str:
     """Machine, versions and commit, for the line below a table."""
-    e = bench()["environment"]
-    name = f"{e['processor']} ({e['instruction_sets'][-1]})"
-    return f"{name}, {e['threads']} threads, torch {e['torch']}, commit {commit()}"
+    e = bench(machine)["environment"]
+    name = e["gpu"] or f"{e['processor']} ({e['instruction_sets'][-1]})"
+    return f"{name}, {e['threads']} threads, torch {e['torch']}, commit {commit(machine)}"
 
 
 # --- the blocks --------------------------------------------------------------------------------
 
 
-def speed() -> str:
+def speed(machine: str = MACHINE, pipeline: str = "CPU pipeline") -> str:
     """Time per image in batches on the device, the fastest first; one denominator."""
     body = []
-    for r in sorted((row(name, "tensor") for name in SPEED), key=lambda r: r["us_per_image"]):
+    rows = [row(name, "tensor", machine) for name in SPEED]
+    for r in sorted(rows, key=lambda r: r["us_per_image"]):
         spread = f"{100 * r['iqr_s'] / r['median_s']:.0f} %"
         time, right = micros(r["us_per_image"]), share(r["accuracy_0.95"])
         body.append([r["name"], str(r["batch"]), time, spread, f"{r['speedup']:.3g}", right])
-    head = ["CPU pipeline", "batch", "us per image", "IQR", f"times as fast as {BATCHED}",
+    head = [pipeline, "batch", "us per image", "IQR", f"times as fast as {BATCHED}",
             "cosine >= 0.95"]  # fmt: skip
     floor = share(run("fc")["floor"]["accuracy_0.95"])
     note = "Medians, each at its fastest batch size. A constant gray image gets"
-    return f"{lines(head, *body)}\n{note} {floor}. {place()}.\n"
+    return f"{lines(head, *body)}\n{note} {floor}. {place(machine)}.\n"
 
 
-def accuracy() -> str:
+def gpu() -> str:
+    """What was measured on a GPU: the methods, the chains on photographs, the trainings."""
+    copies = [(n, row(n, "tensor", GPU)["share_of_copy"]) for n in ("fused", "fused uint8")]
+    told = ", ".join(f"`{name}` {100 * share:.0f} %" for name, share in copies)
+    photos = bench_tables(lambda heading: "375 x 500" in heading, GPU)
+    shares = f"Of the bytes a second of the fastest copy: {told}."
+    return "\n".join([speed(GPU, "GPU pipeline"), f"{shares}\n", photos, accuracy(GPU)])
+
+
+def accuracy(machine: str = MACHINE) -> str:
     """One row for each training run, between the floor and the ceiling."""
 
     def cells(name: str, score: dict, *rest: str) -> list[str]:
@@ -151,8 +164,8 @@ def accuracy() -> str:
         psnr = "" if score["psnr"] is None else f"{score['psnr']:.2f} dB"
         return [name, *shares, psnr, f"{score['max_abs_error']:.2g}", *(rest or ("", "", ""))]
 
-    paths = sorted((RESULTS / MACHINE).glob("train-*.json"))
-    runs = sorted((load(path.stem) for path in paths), key=lambda r: -r["test"]["mse"])
+    paths = sorted((RESULTS / machine).glob("train-*.json"))
+    runs = sorted((load(path.stem, machine) for path in paths), key=lambda r: -r["test"]["mse"])
     body = [cells("floor: one constant gray image", run("fc")["floor"])]
     for each in runs:
         images = f"{each['data']['train']:,}"
@@ -161,7 +174,8 @@ def accuracy() -> str:
     body.append(cells("ceiling: the best rank-128 affine map", run("fc")["ceiling"]))
     head = ["", "cosine >= 0.95", ">= 0.99", "PSNR", "largest error", "epochs", "images",
             "training"]  # fmt: skip
-    return f"{lines(head, *body)}\n{run('fc')['data']['test']:,} test images. {place()}.\n"
+    tested = run("fc", machine)["data"]["test"]
+    return f"{lines(head, *body)}\n{tested:,} test images. {place(machine)}.\n"
 
 
 def seeds() -> str:
@@ -207,8 +221,8 @@ def chains() -> str:
     return bench_tables(lambda heading: "375 x 500" in heading)
 
 
-def bench_tables(wanted) -> str:
-    sections = [s for s in tables.sections_of(bench()) if wanted(s[0])]
+def bench_tables(wanted, machine: str = MACHINE) -> str:
+    sections = [s for s in tables.sections_of(bench(machine)) if wanted(s[0])]
     return "\n".join(f"{heading}:\n\n{lines(head, *rows)}" for heading, head, rows in sections)
 
 

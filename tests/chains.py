@@ -7,6 +7,8 @@ import torch
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
+# older torchvisions take no names
+MODES = [v2.InterpolationMode.BILINEAR, v2.InterpolationMode.BICUBIC]
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 LEVEL = 1.05  # of uint8, unrounded: torchvision's weights have 14 bits and more, 0.05 of a level
 
@@ -56,7 +58,7 @@ def random_chain(rng, shape, dtype):
     for _ in range(rng.randint(0, 4)):
         kind = rng.randrange(9)
         if kind == 0:
-            mode, antialias = rng.choice(["bilinear", "bicubic"]), rng.random() < 0.7
+            mode, antialias = rng.choice(MODES), rng.random() < 0.7
             if rng.random() < 0.5:
                 new = (size(), size())
                 chain.append(v2.Resize(new, interpolation=mode, antialias=antialias))
@@ -87,7 +89,7 @@ def random_chain(rng, shape, dtype):
             h, w = new
         elif kind == 3:
             h, w = size(), size()
-            mode, antialias = rng.choice(["bilinear", "bicubic"]), rng.random() < 0.8
+            mode, antialias = rng.choice(MODES), rng.random() < 0.8
             chain.append(v2.RandomResizedCrop((h, w), interpolation=mode, antialias=antialias))
             rounded |= dtype == torch.uint8
         elif kind == 4:

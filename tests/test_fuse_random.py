@@ -6,7 +6,7 @@ from torchvision.transforms import v2
 
 from common.fused import fuse
 from common.fused.bands import resize
-from tests.chains import LEVEL, draw, step_by_step
+from tests.chains import LEVEL, MODES, draw, step_by_step
 
 CHAINS = 1000
 
@@ -31,7 +31,7 @@ def test_random_chains_equal_torchvision(part):
         allowed = level * (1 if expected.dtype == torch.uint8 else LEVEL)
         if expected.dtype != torch.uint8:
             # each bicubic resize adds a sum of up to 8 x 8 products with weights beyond 0 and 1
-            bicubic = sum(getattr(t, "interpolation", None) == "bicubic" for t in chain)
+            bicubic = sum(getattr(t, "interpolation", None) == MODES[1] for t in chain)
             unit = 1e-13 if x.dtype == torch.float64 else 1e-6
             allowed = max(allowed, unit * max(bicubic, 1) * max(largest for _, largest in each))
         difference = (actual.double() - expected.double()).abs().max().item()
