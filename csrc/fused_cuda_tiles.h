@@ -39,7 +39,8 @@ struct Span {
     low = static_cast<int>(bands.in), high = 0;
 #pragma unroll 4
     for (int o = begin; o < begin + length; o += kHalf) {
-      const HalfGroup& half = group_of(table, bands.rows, o).halves[o / kHalf % 2];
+      const int32_t* const at = table + o / kLanes * (static_cast<unsigned>(bands.rows) * kLanes);
+      const HalfGroup& half = reinterpret_cast<const Group*>(at)->halves[o / kHalf % 2];
       const bool none = half.low == half.high;
       low = min(low, none ? low : half.low), high = max(high, none ? high : half.high);
     }
