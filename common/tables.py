@@ -175,7 +175,7 @@ def chain_cells(row: dict) -> list[str]:
     if row["median_s"] is None:
         text += ["no time"] + [""] * 3
     else:
-        text += [f"{row['us_per_image'] / 1e3:.3f}", spread(row)]
+        text += [number(row["us_per_image"] / 1e3), spread(row)]
         text += [number(row[key]) for key in ("speedup", "speedup_sequential")]
     forms = {"equal_share": ".1%", "mean_levels": ".2f", "max_levels": ".1f"}
     return text + [number(row.get(key), form) for key, form in forms.items()]

@@ -52,6 +52,7 @@ jobs="
 
 [ "${1:-}" != --gpu ] || jobs="
 0.6 fc                      train_fc.py
+0.4 fc-separable            train_fc.py --model separable
 0.5 cnn                     train_cnn.py
 0.5 cnn-fixed               train_cnn.py --flip fixed
 3.5 bench                   bench.py --runs 30 --device cuda --fc $folder/fc/best.pt --cnn $folder/cnn-fixed/best.pt

@@ -62,7 +62,6 @@ def fake_cuda():
         patch.setattr(torch.cuda, "is_bf16_supported", lambda *args: True)
         patch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
         patch.setattr(distributed, "devices", lambda asked: ["cuda"])
-        patch.setattr(distributed, "COMPILE", {})
         patch.setattr(nn.Module, "_apply", apply)
         patch.setattr(FakeTensorMode, "__deepcopy__", lambda mode, memo: mode, raising=False)
         yield mode

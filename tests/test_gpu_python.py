@@ -16,12 +16,12 @@ import bench
 import train_cnn
 import train_fc
 from common import UserError, bench_figures, cases, checkpoints, cli, distributed, photos, report
-from common.models import ConvNet, FullyConnected, Linear, Separable
+from common.models import FullyConnected
 from common.perceptual import PerceptualLoss
 from common.run import Run
 from common.transforms import reference_transform
 from tests.fake_gpu import Watch, fake_cuda
-from tests.runs import SMALL, assert_equal_runs, run_script
+from tests.runs import SMALL, run_script
 
 EPOCH = [*SMALL, "--train-size", 40, "--batch-size", 16, "--epochs", 1]  # steps of 16, 16 and 4
 RANDOM = ["--perceptual", "--vgg-weights", "random"]
@@ -166,58 +166,7 @@ def test_the_random_state_of_the_gpu_is_saved(monkeypatch):
     assert kept[0] is kept[1]
 
 
-# --- compiled, and in the formats that a GPU is fast in ------------------------------------------
-
-
-@pytest.mark.parametrize("make", [FullyConnected, Linear, Separable, ConvNet])
-def test_the_net_is_compiled_on_a_gpu_only(make, monkeypatch):
-    monkeypatch.setenv("CUDA_GRAPHS", "1")
-    model = make()
-    assert distributed.wrap(model) is model
-    backends = distributed.COMPILE
-    with fake_cuda():
-        distributed.COMPILE.update(backends)
-        model = make().to("cuda")
-        assert distributed.wrap(model)._orig_mod is model
-        monkeypatch.delenv("CUDA_GRAPHS")
-        assert distributed.wrap(model) is model
-
-
-def recorded(name, graphs):
-    """A backend of torch.compile that keeps the graphs it is given."""
-
-    def backend(graph, inputs):
-        graphs.append(graph)
-        return torch._dynamo.lookup_backend(name)(graph, inputs)
-
-    return backend
-
-
-def test_a_compiled_run_has_the_same_bits(monkeypatch, tmp_path):
-    """And the same names in its checkpoints."""
-    graphs = []
-    monkeypatch.setenv("CUDA_GRAPHS", "1")
-    run_script(train_fc, *EPOCH, "--out", tmp_path / "plain")
-    monkeypatch.setitem(distributed.COMPILE, "cpu", recorded("eager", graphs))
-    run_script(train_fc, *EPOCH, "--out", tmp_path / "compiled")
-    assert len(graphs) == 2  # the whole net each time: batches of 16 and of 4
-    assert_equal_runs(tmp_path / "plain", tmp_path / "compiled")
-
-
-def test_cuda_graphs_hold_the_whole_cnn(monkeypatch):
-    """The backend itself: on a CPU it runs the graphs that it would capture."""
-    monkeypatch.setenv("CUDA_GRAPHS", "1")
-    model, images, graphs, gradients = ConvNet(), torch.rand(2, 3, 8, 8), [], []
-    backend = recorded(distributed.COMPILE["cuda"], graphs)
-    for backends in ({}, {"cpu": backend}):
-        monkeypatch.setattr(distributed, "COMPILE", backends)
-        net = distributed.wrap(model)
-        torch.manual_seed(0)  # of the dropout
-        loss = net(images).square().sum()
-        gradients.append(torch.autograd.grad(loss, list(model.parameters())))
-    assert len(graphs) == 1
-    for one, other in zip(*gradients, strict=True):
-        torch.testing.assert_close(one, other)
+# --- the formats that a GPU is fast in -----------------------------------------------------------
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

@@ -13,7 +13,7 @@ from results import claims, tables
 from tests.runs import ROOT
 
 READMES = [tables.README, tables.RESULTS / "README.md"]
-RESULTS = sorted((tables.RESULTS / tables.MACHINE).glob("*.json"))
+RESULTS = sorted(tables.RESULTS.glob("*/*.json"))
 SCRIPTS = ["train_fc.py", "train_cnn.py", "bench.py"]
 
 
@@ -28,10 +28,10 @@ def test_tables_match_the_results(path):
 
 def test_results_come_from_one_code_without_changes():
     assert all(json.loads(path.read_text())["environment"]["clean"] for path in RESULTS)
-    assert tables.commit()
+    assert all(tables.commit(machine) for machine in (tables.MACHINE, tables.GPU))
 
 
-@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_results_have_the_defaults_of_todays_scripts(path, monkeypatch):
     result = json.loads(path.read_text())
     script, *flags = shlex.split(result["environment"]["command"])
