@@ -22,10 +22,7 @@ def findings() -> str:
         min(r["us_per_image"] for r in photos if r["name"].startswith(library))
         for library in ("fuse", "torchvision")
     )
-    times = {
-        name: row(name, "tensor")["us_per_image"]
-        for name in ("fc", BATCHED, "fused", "matmul compiled", "separable compiled")
-    }
+    times = {name: row(name, "tensor")["us_per_image"] for name in ("fc", BATCHED, "fused")}
 
     def ratio(name: str, other: str) -> str:
         return f"{times[name] / times[other]:.2f}"
@@ -47,9 +44,6 @@ def findings() -> str:
         f"{seconds(separable['seconds'])} to a largest error of "
         f"{separable['test']['max_abs_error']:.1g} (`{command(separable)}`); from 16 images it "
         f"needs no gradient (`{command(run('fc-separable-closed-form'))}`).",
-        "That net is the chain, and compiled it takes "
-        f"{ratio('separable compiled', 'matmul compiled')} times the time of the chain written as "
-        "two matrix products.",
         f"On an {card} the operator takes {1e3 * fused['us_per_image']:.2g} ns an image in one "
         f"batch, {fused['speedup']:.3g} times as fast as torchvision and at "
         f"{100 * fused['share_of_copy']:.0f} % of a copy's bytes a second; in batches of "
