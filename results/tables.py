@@ -151,7 +151,7 @@ def speed(machine: str = MACHINE, pipeline: str = "CPU pipeline") -> str:
 def gpu() -> str:
     """What was measured on a GPU: the methods, the chains on photographs, the trainings."""
     copies = [(n, row(n, "tensor", GPU)["share_of_copy"]) for n in ("fused", "fused uint8")]
-    told = ", ".join(f"`{name}` {100 * share:.0f} %" for name, share in copies)
+    told = ", ".join(f"`{name}` {100 * fraction:.0f} %" for name, fraction in copies)
     photos = bench_tables(lambda heading: "375 x 500" in heading, GPU)
     shares = f"Of the bytes a second of the fastest copy: {told}."
     return "\n".join([speed(GPU, "GPU pipeline"), f"{shares}\n", photos, accuracy(GPU)])
