@@ -1,6 +1,6 @@
 // What the CUDA kernels have in common: the two passes over mixed pixels in shared memory, and the
 // way out. A team of threads makes a tile of the target: the vertical pass into `sums`, four rows
-// of four columns at a time; the horizontal pass, four rows at a time, into `tile`; and that out.
+// of four columns at a time; the horizontal pass, four rows of a column at a time, and out.
 #pragma once
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
@@ -45,10 +45,6 @@ struct Four {
   __device__ void store(T* to) const {
 #pragma unroll
     for (int i = 0; i < words; ++i) reinterpret_cast<Word*>(to)[i] = word[i];
-  }
-  __device__ void store_global(T* to) const {
-#pragma unroll
-    for (int i = 0; i < words; ++i) __stwb(reinterpret_cast<Word*>(to) + i, word[i]);
   }
   __device__ void get(T (&pixels)[kFour]) const { memcpy(pixels, word, sizeof(word)); }
   template <typename To>
@@ -113,6 +109,11 @@ __device__ void add_mix(const Four<In> (&fours)[terms], const T (&w)[terms], T (
   }
 }
 
+// The group of output pixel o in a table, of 32-bit arithmetic.
+__device__ inline const int32_t* group_at(const Bands& bands, const int32_t* table, unsigned o) {
+  return table + o / kLanes * (static_cast<unsigned>(bands.rows) * kLanes);
+}
+
 // The taps of output pixel o that lie in the input pixels [begin, begin + length).
 template <typename T>
 struct Taps {
@@ -120,7 +121,7 @@ struct Taps {
   const T* weights;  // kLanes apart
 
   __device__ Taps(const Bands& bands, const int32_t* table, unsigned o, int begin, int length) {
-    const int32_t* const at = table + o / kLanes * (static_cast<unsigned>(bands.rows) * kLanes);
+    const int32_t* const at = group_at(bands, table, o);
     const unsigned lane = o % kLanes;
     first = at[lane] - begin;
     const int before = max(-first, 0);

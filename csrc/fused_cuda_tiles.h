@@ -7,15 +7,15 @@
 namespace fused {
 namespace {
 
-// Of a launch; see Tiling for what they bound. Found with counts of instructions and the clock, on
-// the chain Resize(256), CenterCrop(224) of photographs and on 512 -> 224.
+// Of a launch; see Tiling for what they bound. Found by simulated cycles on sm_90, of the chain
+// Resize(256), CenterCrop(224) of photographs and of 512 -> 224.
 constexpr int kTileHeight = 32, kTileBytes = 256;  // of the target: rows, bytes of T in a row
 constexpr int kChunkRows = 64, kChunkBytes = 416;  // of the source, in shared memory
 constexpr int kBlocksPerProcessor = 8;             // more than are resident
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
-constexpr int kResident = 3;  // by registers: sm_100 code spills with 4, sm_90 code with 5
+constexpr int kResident = 3;  // by registers: with 4, more of the sm_100 code spills
 #else
-constexpr int kResident = 4;
+constexpr int kResident = 4;  // with 5, sm_90 code spills
 #endif
 
 enum class Load { kPlanes, kInterleaved, kAny };  // whole fours of a row; of RGB pixels; pixels
@@ -39,7 +39,7 @@ struct Span {
     low = static_cast<int>(bands.in), high = 0;
 #pragma unroll 4
     for (int o = begin; o < begin + length; o += kHalf) {
-      const int32_t* const at = table + o / kLanes * (static_cast<unsigned>(bands.rows) * kLanes);
+      const int32_t* const at = group_at(bands, table, o);
       const HalfGroup& half = reinterpret_cast<const Group*>(at)->halves[o / kHalf % 2];
       const bool none = half.low == half.high;
       low = min(low, none ? low : half.low), high = max(high, none ? high : half.high);

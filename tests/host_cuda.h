@@ -50,10 +50,6 @@ inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {
   }
   return result;
 }
-template <typename T>
-void __stwb(T* to, T value) {
-  *to = value;
-}
 
 namespace fused {
 namespace {
