@@ -7,24 +7,32 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from .bands import CPU, Bands, Boxes, resize, stack
+from .bands import CPU, Bands, Boxes, of_lengths, resize, stack
 
 LANES = 16  # csrc/fused.h: kLanes, kHalf, HalfGroup
+# of a group's first three rows, what says where pixels lie: first, and low and high of each half
+_PLACES = torch.tensor([[1] * 16, [0] * 16, 2 * [1, 1, *[0] * 6]], dtype=torch.int32, device=CPU)
 KEPT_BYTES, KEPT_KINDS = 2**24, 16  # of _kept: 2,000 lengths that become 224 pixels
 _kept: dict[tuple, dict] = {}  # for each kind of resize: (length, flipped) and their table
 
 
-def aside(function, *arguments):
-    """function(*arguments) as if none of this thread's modes were on: what is kept must not be a
-    fake tensor, an inference tensor or one of a functorch level."""
-    if not (
+def modes() -> bool:
+    """Whether a mode of this thread makes other tensors than plain ones: fake ones, or those of a
+    functorch level. Asked in each call, so in private names, which cost less."""
+    return (
         torch._C._are_functorch_transforms_active()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._len_torch_function_stack()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._len_torch_function_stack() > 0
         or torch._C._get_tracing_state() is not None
         or torch.is_autocast_enabled("cpu")
         or torch.jit.is_tracing()
-    ):
+    )
+
+
+def aside(function, *arguments):
+    """function(*arguments) as if none of this thread's modes were on: what is kept must be no
+    tensor of `modes`, and no inference tensor."""
+    if not modes():
         with torch.inference_mode(False), torch.no_grad():
             return function(*arguments)
     result = []
@@ -51,8 +59,12 @@ def packed(bands: Bands, wide: bool, device: torch.device) -> Tensor:
     key = wide, device
     table = kept.get(key)
     if table is None:
-        pack = _pack_boxes if isinstance(bands, Boxes) else _pack
-        table = kept[key] = aside(lambda: pack(bands, wide).to(device))
+        if isinstance(bands, Boxes) and bands.start == [0]:
+            table = _pack_length(bands.how, bands.length[0], bands.flips[0], wide, device)
+        else:
+            pack = _pack_boxes if isinstance(bands, Boxes) else _pack
+            table = aside(lambda: pack(bands, wide).to(device))
+        kept[key] = table
     return table
 
 
@@ -102,15 +114,23 @@ def _pack(bands: Bands, wide: bool) -> Tensor:
 def _pack_boxes(bands: Boxes, wide: bool) -> Tensor:
     """The same of boxes: the tables of their lengths, moved to where the boxes start."""
     kept = _kept.get((wide, bands.how), {})
-    keys = list(zip(bands.length.tolist(), bands.flips.tolist(), strict=True))
-    if not kept.keys() >= set(keys):
+    keys = list(zip(bands.length, bands.flips, strict=True))
+    try:
+        tables = [kept[key] for key in keys]
+    except KeyError:
         # a new dictionary, as other threads read the old one
         kept = _kept[wide, bands.how] = _with_lengths(kept, set(keys), bands, wide)
-    table = torch.stack([kept[key] for key in keys])
-    start = bands.start.to(torch.int32).view(-1, 1, 1)
-    table[:, :, 0] += start  # first
-    table[:, :, 2].unflatten(-1, (2, -1))[..., :2] += start[..., None]  # low and high of each half
+        tables = [kept[key] for key in keys]
+    table = torch.stack(tables)
+    start = torch.tensor(bands.start, dtype=torch.int32, device=CPU)
+    table[:, :, :3] += (start[:, None, None] * _PLACES)[:, None]
     return table
+
+
+@lru_cache(maxsize=2048)
+def _pack_length(how: tuple, length: int, flip: bool, wide: bool, device: torch.device) -> Tensor:
+    """The same of a whole image of this length, for random crops of single images."""
+    return aside(lambda: _pack(of_lengths(how, [length], flip), wide).to(device))
 
 
 def _with_lengths(kept: dict, keys: set, bands: Boxes, wide: bool) -> dict:
@@ -119,7 +139,7 @@ def _with_lengths(kept: dict, keys: set, bands: Boxes, wide: bool) -> dict:
     for flip in (False, True):
         missing = [key for key in keys.difference(kept) if key[1] == flip]
         if missing:
-            tables = _pack(bands.of_lengths([length for length, _ in missing], flip), wide)
+            tables = _pack(of_lengths(bands.how, [length for length, _ in missing], flip), wide)
             made.update(zip(missing, tables, strict=True))
     # all with room for the same number of taps, each in memory of its own
     rows = max(table.shape[1] for table in (*made.values(), *list(kept.values())[:1]))
@@ -135,9 +155,12 @@ def _with_lengths(kept: dict, keys: set, bands: Boxes, wide: bool) -> dict:
     }
 
 
-@lru_cache(maxsize=256)
-def sizes_tensor(*sizes: int) -> Tensor:
-    return aside(lambda: torch.tensor(sizes, device=CPU))
+def _sizes_tensor(*sizes: int) -> Tensor:
+    # no aside where it is the larger part: nothing is derived from the sizes
+    return aside(_sizes_tensor, *sizes) if modes() else torch.tensor(sizes, device=CPU)
+
+
+sizes_tensor = lru_cache(maxsize=256)(_sizes_tensor)
 
 
 class Plan:
@@ -147,7 +170,8 @@ class Plan:
         self.bands, self.wide, self.device = (rows, columns), wide, device
         self.tables = packed(rows, wide, device), packed(columns, wide, device)
         self.numbers = rows.size, columns.size, rows.out, columns.out
-        self.sizes = sizes_tensor(*self.numbers)
+        drawn = isinstance(rows, Boxes)  # so its sizes hardly come again
+        self.sizes = (_sizes_tensor if drawn else sizes_tensor)(*self.numbers)
 
     def transposed(self) -> tuple[Tensor, Tensor]:
         return tuple(packed(adjoint(bands), self.wide, self.device) for bands in self.bands)

@@ -83,7 +83,7 @@ def resize(
     return _resize(size, out, mode, antialias, dtype, channels, start, length)
 
 
-@lru_cache(maxsize=512)  # a random crop of one image is a resize of a view: the sizes come again
+@lru_cache(maxsize=512)  # a chain may resize before what it draws
 def _whole(size, out, mode, antialias, dtype, channels) -> Bands:
     length = torch.tensor([size], device=CPU)
     return _resize(size, out, mode, antialias, dtype, channels, None, length)
@@ -107,7 +107,7 @@ def _resize(size, out, mode, antialias, dtype, channels, start, length) -> Bands
 
 
 def resize_axes(old, new, mode, antialias, dtype, channels, boxes) -> list[Bands]:
-    """The bands of rows and columns: old and new are (height, width); boxes: None, or int64 (4, V),
+    """The bands of rows and columns: old and new are (height, width); boxes: None, or the lists of
     top, left, height and width of what to resize."""
     how = mode, antialias, dtype, channels
     if boxes is None:
@@ -120,16 +120,18 @@ class Boxes(Bands):
     needs their packed form alone. `_layout` makes it of those of the lengths, which it keeps, as
     the same few hundred lengths come again."""
 
-    def __init__(self, size: int, how: tuple, start: Tensor, length: Tensor, flips=None) -> None:
+    def __init__(self, size: int, how: tuple, start: list, length: list, flips=None) -> None:
         """how: the result's size, and mode, antialias, dtype and channels as `resize` takes them.
-        flips: bool (V,), which results are flipped."""
-        flips = torch.zeros_like(length, dtype=torch.bool) if flips is None else flips
+        start, length: ints, of each box. flips: bools, which results are flipped."""
+        flips = flips or [False] * len(length)
         vars(self).update(size=size, how=how, start=start, length=length, flips=flips)
 
     @cached_property
     def _made(self) -> Bands:
-        made = _resize(self.size, *self.how, self.start, self.length)
-        return made.flipped_where(self.flips)
+        start, length, flips = (
+            torch.tensor(x, device=CPU) for x in (self.start, self.length, self.flips)
+        )
+        return _resize(self.size, *self.how, start, length).flipped_where(flips)
 
     first = property(lambda self: self._made.first)
     count = property(lambda self: self._made.count)
@@ -140,18 +142,23 @@ class Boxes(Bands):
         return len(self.length)
 
     def flipped(self) -> Bands:
-        return self.flipped_where(torch.ones_like(self.flips))
+        flips = [not flip for flip in self.flips]
+        return Boxes(self.size, self.how, self.start, self.length, flips)
 
     def flipped_where(self, mask: Tensor) -> Bands:
-        return Boxes(self.size, self.how, self.start, self.length, self.flips ^ mask)
+        flips = [a != b for a, b in zip(self.flips, mask.tolist(), strict=True)]
+        return Boxes(self.size, self.how, self.start, self.length, flips)
 
     def select(self, index: Tensor) -> Bands:
-        return Boxes(self.size, self.how, self.start[index], self.length[index], self.flips[index])
+        index = index.tolist()
+        parts = ([x[i] for i in index] for x in (self.start, self.length, self.flips))
+        return Boxes(self.size, self.how, *parts)
 
-    def of_lengths(self, lengths: list[int], flip: bool) -> Bands:
-        """Of whole images of these lengths, all flipped or none, as torch resizes them."""
-        made = _resize(0, *self.how, None, torch.tensor(lengths, device=CPU))
-        return made.flipped() if flip else made
+
+def of_lengths(how: tuple, lengths: list[int], flip: bool) -> Bands:
+    """Of whole images of these lengths, all flipped or none; how as in `Boxes`."""
+    made = _resize(0, *how, None, torch.tensor(lengths, device=CPU))
+    return made.flipped() if flip else made
 
 
 def quantized(bands: Bands, bits: int) -> Bands:

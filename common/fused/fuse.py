@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from torchvision.transforms.v2 import functional as F
 
 from . import _ops as ops
-from ._layout import Plan, aside
+from ._layout import Plan, aside, modes
 from .bands import CPU
 from .operator import affine
 from .passes import Pass, Passes
@@ -130,8 +130,8 @@ class Fused(nn.Module):
         for image, recipe in zip(images, recipes, strict=True):
             passes = recipe.passes
             if passes is None:
-                done = aside(self._run, spec_of(image), params, recipe.exact)
-                passes = done.done
+                run = spec_of(image), params, recipe.exact
+                passes = (aside(self._run, *run) if modes() else self._run(*run)).done
             x = image
             if isinstance(x, PIL.Image.Image):
                 x = F.pil_to_tensor(x)
@@ -144,24 +144,26 @@ class Fused(nn.Module):
 
     def _draw(self, images: list, recipes: list[_Recipe]) -> tuple[list[list], int]:
         """The parameters of each step that draws, one for each item; and the number of items."""
-        items = {items_of(image) for image in images}
-        sizes = {tuple(size for size in r.draws if self._steps[size[0]].sized) for r in recipes}
-        if len(items) > 1 or len(sizes) > 1:
-            raise ValueError(
-                "fuse: the images of a sample share their random parameters, so they must agree in "
-                "number and size: " + ", ".join(str(spec_of(x)[3]) for x in images)
-            )
-        items, draws = items.pop(), recipes[0].draws
+        items, draws = items_of(images[0]), recipes[0].draws
+        for image, recipe in zip(images[1:], recipes[1:], strict=True):
+            pairs = zip(draws, recipe.draws, strict=True)
+            sizes = all(a == b for a, b in pairs if self._steps[a[0]].sized)
+            if items_of(image) != items or not sizes:
+                raise ValueError(
+                    "fuse: the images of a sample share their random parameters, so they must "
+                    "agree in number and size: " + ", ".join(str(spec_of(x)[3]) for x in images)
+                )
         steps = [self._steps[i] for i, _, _ in draws]
         if all(step.probability is not None for step in steps):
             chances = torch.tensor([step.probability for step in steps])
             # the numbers that a loop of torch.rand(1) draws
             return (torch.rand(items, len(steps)) < chances).T.tolist(), items
         params = [[] for _ in steps]
+        each = [(p.append, step, *size[1:]) for p, step, size in zip(params, steps, draws)]
         for _ in range(items):
-            for drawn, step, (_, height, width) in zip(params, steps, draws, strict=True):
+            for add, step, height, width in each:
                 try:
-                    drawn.append(step.draw(height, width))
+                    add(step.draw(height, width))
                 except ValueError as error:
                     raise ValueError(f"{step.name}: {error}") from None
         return params, items

@@ -90,12 +90,13 @@ def random_resized_crop(transform) -> Step:
     mode, antialias = mode_of(transform.interpolation), bool(transform.antialias)
 
     def apply(passes: Passes, params) -> None:
-        if params and len(params) == 1:
-            passes.crop(**params[0])
-            resize_to(passes, transform.size, mode, antialias)
-            return
         whole = {"top": 0, "left": 0, "height": passes.height, "width": passes.width}
-        boxes = torch.tensor([[p[key] for p in params or [whole]] for key in whole], device="cpu")
+        if params and len(params) == 1:  # of a view
+            passes.crop(**params[0])
+            params = [{**params[0], "top": 0, "left": 0}]
+        boxes = [[p[key] for p in params or [whole]] for key in whole]
+        if len(boxes[0]) == 1 and boxes[2:] == [[size] for size in transform.size]:
+            boxes = None
         resize_to(passes, transform.size, mode, antialias, boxes=boxes)
 
     return Step("", apply, _box_maker(transform), sized=True)

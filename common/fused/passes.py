@@ -1,7 +1,6 @@
 """What a chain of linear steps does to an image, gathered into passes of the operator."""
 
 import platform
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -9,8 +8,8 @@ import torch
 from torch import Tensor
 
 from . import bands as b
+from . import colour
 from .bands import CPU, Bands
-from .operator import affine
 
 # added before rounding to nearest, ties to even: to round down (gray levels are multiples of 1e-4),
 # and to round ties up
@@ -54,11 +53,8 @@ class Passes:
         self.axes: list[Bands | None] = [None, None]  # rows, columns; None: as they are
         self.index: list[Tensor | None] = [None, None]  # which variant each item takes
         self.box: tuple[int, int, int, int] | None = None
-        # of the channels, as numbers: a chain that draws is built for each call
-        n = self.channels
-        self.mix = [[float(i == j) for j in range(n)] for i in range(n)]
-        self.bias = [0.0] * n
-        self.clamp: list[tuple[float, float]] | None = None  # (low, high) of each channel
+        self.inputs, self.colours = self.channels, ()  # see `colour`
+        self.clamped = False
         self.touched = self.sparse = self.rounds = self.floors = self.half_up = False
 
     def finish(self, dtype: torch.dtype) -> None:
@@ -70,8 +66,7 @@ class Passes:
         round_by = 0.0
         if dtype == torch.uint8:
             round_by = FLOOR if self.floors else HALF_UP if self.half_up else 0.0
-        bias = tuple(x + round_by for x in self.bias)
-        mix, table = _tables(tuple(map(tuple, self.mix)), bias, self.clamp and tuple(self.clamp))
+        mix, table = colour.tensors(self.inputs, self.colours, round_by)
         self.done.append(Pass(rows, columns, mix, table, *self.index, dtype, self.box))
         self._begin(dtype)
 
@@ -98,7 +93,7 @@ class Passes:
             mine is not None and (len(mine) > 1 or mine.gaps(new))
             for mine, new in zip(self.axes, (rows, columns), strict=True)
         )
-        if self.clamp or gaps:
+        if self.clamped or gaps:
             self.finish(self.dtype)
         self._then(0, rows)
         self._then(1, columns)
@@ -129,18 +124,19 @@ class Passes:
             bool((start < 0).any() or (start + length > size).any())
             for start, length, size in zip(boxes, (height, width), old, strict=True)
         )
-        fill = fill * len(self.mix) if len(fill) == 1 else fill
-        inner = outside and mode == "constant" and fill != self.bias
+        fill = fill * self.channels if len(fill) == 1 else fill
+        bias = colour.product(self.inputs, self.colours)[1]
+        inner = outside and mode == "constant" and fill != list(bias)
         if inner:  # the operator gives the bias there: let it be the fill
             if self.rounds and self.dtype == torch.uint8:
                 self.finish(torch.uint8)
-            self.scale([1.0], [-x for x in fill])
+            self.scale((1.0,), tuple(-x for x in fill))
             self.finish(torch.float32 if self.dtype == torch.uint8 else self.dtype)
         for axis, (start, length) in enumerate(zip(boxes, (height, width), strict=True)):
             self._then(axis, b.crop(old[axis], start, length, mode))
         self.height, self.width = height, width
         if inner:
-            self.scale([1.0], fill)
+            self.scale((1.0,), tuple(fill))
 
     def flip(self, axis: int, mask: Tensor | None = None) -> None:
         """axis: 0 flips upside down, 1 left to right. mask: bool (items,), which items,
@@ -157,7 +153,7 @@ class Passes:
             self.axes[axis] = self.axes[axis].flipped_where(mask)
 
     def resize(self, height, width, mode, antialias, *, boxes=None, native=True) -> None:
-        """boxes: int64 (4, items), top, left, height and width: what to resize. native: False
+        """boxes: lists of top, left, height and width: what to resize of each item. native: False
         where torchvision resizes uint8 as float32, rounded once."""
         old, new = (self.height, self.width), (height, width)
         if boxes is None and old == new:
@@ -182,7 +178,8 @@ class Passes:
         self.height, self.width = new
         self.sparse |= not antialias and not levels
         if clamps:
-            self.clamp = [(0.0, 255.0)] * len(self.mix)
+            self.colours += (("clamp", 0.0, 255.0),)
+            self.clamped = True
 
     def blur(self, kernel_size, sigma) -> None:
         """kernel_size, sigma: (width, height)."""
@@ -199,26 +196,15 @@ class Passes:
         """copies channels, each the weighted sum of all. floors: torchvision cuts off uint8."""
         if len(weights) > 1:
             self._round()
-            if self.clamp:
+            if self.clamped:
                 self.finish(self.dtype)
             self.floors = floors and self.dtype == torch.uint8
-        inputs = range(len(self.mix[0]))
-        gray = [sum(w * row[j] for w, row in zip(weights, self.mix, strict=True)) for j in inputs]
-        self.mix = [gray] * copies
-        self.bias = [sum(w * x for w, x in zip(weights, self.bias, strict=True))] * copies
-        if self.clamp:
-            self.clamp = self.clamp * copies
+        self.colours += (("gray", weights, copies),)
         self.channels, self.touched = copies, True
 
-    def scale(self, factor: Sequence[float], shift: Sequence[float]) -> None:
+    def scale(self, factor: tuple[float, ...], shift: tuple[float, ...]) -> None:
         """factor * values + shift: one number for all channels, or one for each."""
-        n = len(self.mix)
-        factor, shift = (list(x) * n if len(x) == 1 else x for x in (factor, shift))
-        self.mix = [[f * x for x in row] for f, row in zip(factor, self.mix, strict=True)]
-        self.bias = [f * x + s for f, x, s in zip(factor, self.bias, shift, strict=True)]
-        if self.clamp:
-            ends = zip(factor, shift, self.clamp, strict=True)
-            self.clamp = [tuple(sorted((f * a + s, f * b + s))) for f, s, (a, b) in ends]
+        self.colours += (("scale", factor, shift),)
         self.touched = True
 
     def cast(self, dtype: torch.dtype, scaled: bool) -> None:
@@ -227,21 +213,12 @@ class Passes:
             if self.exact and self.rounds:
                 self.finish(torch.uint8)
             if scaled:
-                self.scale([1 / 255], [0.0])
+                self.scale((1 / 255,), (0.0,))
         self.touched |= dtype != self.dtype
         self.dtype = dtype
 
 
-@lru_cache(maxsize=256)
-def _tables(mix, bias, clamp) -> tuple[Tensor, Tensor | None]:
-    """The tensors of a pass."""
-    tensor = torch.tensor(mix, dtype=torch.float64, device=CPU)
-    if clamp is None and not any(bias):
-        return tensor, None
-    low, high = zip(*clamp, strict=True) if clamp else (None, None)
-    return tensor, affine(len(mix), bias, low, high)
-
-
+@lru_cache
 def _resizes_uint8(mode: str) -> bool:
     """Whether torchvision resizes uint8 tensors on this CPU as such, not as float32."""
     arm = platform.machine() in ("aarch64", "arm64")

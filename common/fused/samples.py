@@ -62,9 +62,9 @@ def apply(each: Pass, x: Tensor, items: int) -> Tensor:
         return separable_map(x, each.rows, each.columns, each.mix, each.table, dtype=each.dtype)
     flat = x if x.dim() == 4 else x.flatten(0, -4)
     repeats = len(flat) // max(items, 1)
-    row_index, column_index = (
-        None if i is None else i[:items].repeat_interleave(repeats).to(x.device) for i in indices
-    )
+    if repeats > 1 or len(flat) != items:
+        indices = (None if i is None else i[:items].repeat_interleave(repeats) for i in indices)
+    row_index, column_index = (None if i is None else i.to(x.device) for i in indices)
     out = separable_map(
         flat,
         each.rows,

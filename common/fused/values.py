@@ -88,16 +88,17 @@ def _normalize_by(passes: Passes, mean, std) -> None:
     for values, name in ((mean, "mean"), (std, "std")):
         if len(values) not in (1, passes.channels):
             raise ValueError(f"{name} of length {len(values)}, but {passes.channels} channels")
-    mean, std = (_rounded(tuple(values), passes.dtype) for values in (mean, std))
-    n = max(len(mean), len(std))
-    mean, std = (x * n if len(x) == 1 else x for x in (mean, std))
-    passes.scale([1 / s for s in std], [-m / s for m, s in zip(mean, std, strict=True)])
+    passes.scale(*_factors(tuple(mean), tuple(std), passes.dtype))
 
 
 @lru_cache(maxsize=64)
-def _rounded(values: tuple[float, ...], dtype: torch.dtype) -> list[float]:
-    """torchvision rounds mean and std to the dtype of the images."""
-    return torch.tensor(values, dtype=dtype, device="cpu").tolist()
+def _factors(mean, std, dtype: torch.dtype) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """1 / std and -mean / std; torchvision rounds mean and std to the dtype of the images."""
+    mean, std = (torch.tensor(x, dtype=dtype, device="cpu").tolist() for x in (mean, std))
+    n = max(len(mean), len(std))
+    mean, std = (x * n if len(x) == 1 else x for x in (mean, std))
+    shift = tuple(-m / s for m, s in zip(mean, std, strict=True))
+    return tuple(1 / s for s in std), shift
 
 
 def fused_transform(transform) -> Step:

@@ -1,0 +1,55 @@
+"""What a chain does across the channels of an image: each step of it, and their product as the
+tensors that the operator takes."""
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from ._layout import aside
+from .bands import CPU
+from .operator import affine
+
+# a step: ("scale", factors, shifts), ("gray", weights, copies) or ("clamp", low, high)
+Numbers = tuple[float, ...]
+
+
+@lru_cache(maxsize=256)
+def product(channels: int, steps: tuple) -> tuple[tuple[Numbers, ...], Numbers, tuple | None]:
+    """mix (a tuple for each channel of the result), bias, and (low, high) of each channel or None,
+    of these steps on an image of so many channels."""
+    if not steps:
+        n = range(channels)
+        return tuple(tuple(float(i == j) for j in n) for i in n), (0.0,) * channels, None
+    *before, (kind, a, b) = steps
+    mix, bias, clamp = product(channels, tuple(before))
+    n = len(mix)
+    if kind == "clamp":
+        return mix, bias, ((a, b),) * n
+    if kind == "gray":  # b channels, each the sum of all by the weights a
+        columns = zip(*mix, strict=True)
+        gray = tuple(sum(w * x for w, x in zip(a, column, strict=True)) for column in columns)
+        level = sum(w * x for w, x in zip(a, bias, strict=True))
+        return (gray,) * b, (level,) * b, clamp and clamp * b
+    factor, shift = (x * n if len(x) == 1 else x for x in (a, b))
+    mix = tuple(tuple(f * x for x in row) for f, row in zip(factor, mix, strict=True))
+    bias = tuple(f * x + s for f, x, s in zip(factor, bias, shift, strict=True))
+    if clamp:
+        ends = zip(factor, shift, clamp, strict=True)
+        clamp = tuple(tuple(sorted((f * low + s, f * high + s))) for f, s, (low, high) in ends)
+    return mix, bias, clamp
+
+
+@lru_cache(maxsize=256)
+def tensors(channels: int, steps: tuple, round_by: float) -> tuple[Tensor, Tensor | None]:
+    """The same as `separable_map` takes them: mix and bias, with round_by added to the result."""
+    return aside(_tensors, *product(channels, steps), round_by)
+
+
+def _tensors(mix, bias, clamp, round_by) -> tuple[Tensor, Tensor | None]:
+    bias = [x + round_by for x in bias]
+    tensor = torch.tensor(mix, dtype=torch.float64, device=CPU)
+    if clamp is None and not any(bias):
+        return tensor, None
+    low, high = zip(*clamp, strict=True) if clamp else (None, None)
+    return tensor, affine(len(mix), bias, low, high)
