@@ -7,6 +7,7 @@ from torchvision.transforms.v2 import functional as F
 
 from common.fused import _layout
 from common.fused import bands as b
+from common.fused.axes import FLIP, Axis
 from tests.chains import channels_last
 
 SIZES = [(32, 28), (28, 28), (1, 9), (9, 1), (97, 500), (500, 97), (333, 3), (7, 8), (64, 128)]
@@ -54,11 +55,12 @@ def test_windows_are_what_torch_reads(mode, antialias, dtype):
 
 
 def test_boxes_are_resized_each():
-    start, length = torch.tensor([0, 5, 40, 13]), torch.tensor([9, 20, 1, 16])
+    boxes = [(0, 9), (5, 20), (40, 1), (13, 16)]
     for mode in ("bilinear", "bicubic"):
         for antialias in (True, False):
-            bands = b.resize(50, 16, mode, antialias, start=start, length=length)
-            for matrix, s, n in zip(bands.matrix(), start.tolist(), length.tolist(), strict=True):
+            steps = (("resize", 16, mode, antialias, torch.float32, 3, 0),)
+            bands = Axis(50, 16, [(*box, steps) for box in boxes])
+            for matrix, (s, n) in zip(bands.matrix(), boxes, strict=True):
                 single = b.resize(n, 16, mode, antialias).matrix()[0]
                 assert torch.equal(matrix[:, s : s + n], single)
                 assert matrix.abs().sum() == single.abs().sum()
@@ -92,7 +94,8 @@ def test_products_transposes_flips_and_variants():
     for _ in range(60):
         n, m, k = torch.randint(2, 40, (3,), generator=generator).tolist()
         first = b.resize(n, m, "bicubic")
-        many = b.resize(m, k, start=torch.tensor([0, m // 2]), length=torch.tensor([m, m - m // 2]))
+        resize = (("resize", k, "bilinear", True, torch.float32, 3, 0),)
+        many = Axis(m, k, [(0, m, resize), (m // 2, m - m // 2, resize)])
         product = first.then(many)
         expected = many.matrix() @ first.matrix()
         torch.testing.assert_close(product.matrix(), expected, atol=1e-14, rtol=0)
@@ -102,11 +105,7 @@ def test_products_transposes_flips_and_variants():
         for bands in (first, product, padded, b.stack([first, first.flipped()])):
             assert torch.equal(bands.transposed().matrix(), bands.matrix().mT)
             assert torch.equal(bands.flipped().matrix(), bands.matrix().flip(1))
-        mask = torch.tensor([True, False])
-        flipped = product.flipped_where(mask)
-        assert torch.equal(flipped.matrix()[0], product.matrix()[0].flip(0))
-        assert torch.equal(flipped.matrix()[1], product.matrix()[1])
-        assert torch.equal(product.select(torch.tensor([1, 1, 0])).matrix()[2], product.matrix()[0])
+        assert torch.equal(padded.cut(2, k).matrix(), product.matrix())
 
 
 def test_gaps_are_found():
@@ -132,17 +131,19 @@ def test_quantized_weights_are_those_of_torchs_uint8(mode):
 def test_tables_that_are_kept_are_those_of_the_bands(wide, monkeypatch):
     """Of boxes: bit by bit, whether lengths are new, known, or were dropped for lack of room."""
     monkeypatch.setattr(_layout, "_kept", {})
+    monkeypatch.setattr(_layout, "_used", [0])
     generator = torch.Generator().manual_seed(0)
-    how = 20, "bicubic", True, torch.float64 if wide else torch.float32, 3
+    resize = "resize", 20, "bicubic", True, torch.float64 if wide else torch.float32, 3, 0
+    chains = (resize,), (resize, FLIP), (resize, ("crop", 2, 20, "edge"), FLIP)
     for longest, room in ((30, 2**24), (100, 2**24), (60, 2**24), (60, 2**13), (30, 2**24)):
         monkeypatch.setattr(_layout, "KEPT_BYTES", room)
-        length = torch.randint(1, longest, (12,), generator=generator)
-        start = torch.randint(0, 100, (12,), generator=generator)
-        mask = torch.rand(12, generator=generator) < 0.5
-        boxes = b.Boxes(200, how, start, length).flipped_where(mask)
-        plain = b.resize(200, *how[:4], start=start, length=length).flipped_where(mask)
-        table, expected = (_layout.packed(bands, wide, b.CPU) for bands in (boxes, plain))
-        rows = expected.shape[2]
-        assert torch.equal(table[:, :, :rows], expected)
-        assert not table[:, :, rows:].any()
-        assert torch.equal(boxes.weight, plain.weight)
+        lengths = torch.randint(1, longest, (12,), generator=generator).tolist()
+        starts = torch.randint(0, 100, (12,), generator=generator).tolist()
+        items = list(zip(starts, lengths, 4 * chains, strict=True))
+        for variants in (items, items[:1], [(0, *items[1][1:])]):
+            axis = Axis(200, 20, variants)
+            plain = b.Bands(axis.first, axis.count, axis.weight, axis.size)
+            table, expected = (_layout.packed(bands, wide, b.CPU) for bands in (axis, plain))
+            rows = min(expected.shape[2], table.shape[2])
+            assert torch.equal(table[:, :, :rows], expected[:, :, :rows])
+            assert not any(each[:, :, rows:].any() for each in (table, expected))

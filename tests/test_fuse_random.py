@@ -5,7 +5,7 @@ import torch
 from torchvision.transforms import v2
 
 from common.fused import fuse
-from common.fused.bands import resize
+from common.fused.bands import resize, resize_each
 from tests.chains import LEVEL, MODES, draw, step_by_step
 
 CHAINS = 1000
@@ -41,11 +41,11 @@ def test_random_chains_equal_torchvision(part):
 @pytest.mark.parametrize("mode", ["bilinear", "bicubic"])
 def test_weights_of_a_box_do_not_depend_on_the_other_boxes(mode):
     """Bit by bit: weights are padded to the longest of a batch, and their sums must not notice."""
-    start, length = torch.zeros(57, dtype=torch.int64), torch.arange(1, 400, 7)
-    batch = resize(400, 28, mode, start=start, length=length)
-    for v in range(57):
-        alone = resize(400, 28, mode, start=start[:1], length=length[v : v + 1]).weight[0]
-        assert torch.equal(batch.weight[v, :, : alone.shape[1]], alone), length[v]
+    lengths = list(range(1, 400, 7))
+    batch = resize_each(lengths, 28, mode, True, torch.float32, 3)
+    for weight, length in zip(batch.weight, lengths, strict=True):
+        alone = resize(length, 28, mode).weight[0]
+        assert torch.equal(weight[:, : alone.shape[1]], alone), length
 
 
 def test_a_crop_depends_on_no_other_crop_of_its_batch():

@@ -7,13 +7,15 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from .bands import CPU, Bands, Boxes, of_lengths, resize, stack
+from .axes import Axis, Steps, Variant, each_bands_of
+from .bands import CPU, Bands, resize, stack
 
 LANES = 16  # csrc/fused.h: kLanes, kHalf, HalfGroup
 # of a group's first three rows, what says where pixels lie: first, and low and high of each half
 _PLACES = torch.tensor([[1] * 16, [0] * 16, 2 * [1, 1, *[0] * 6]], dtype=torch.int32, device=CPU)
-KEPT_BYTES, KEPT_KINDS = 2**24, 16  # of _kept: 2,000 lengths that become 224 pixels
-_kept: dict[tuple, dict] = {}  # for each kind of resize: (length, flipped) and their table
+KEPT_BYTES = 2**25  # of _kept: 3,000 lengths that become 224 pixels
+_kept: dict[tuple, dict] = {}  # of (steps, wide, device): by length, the table of an axis
+_used = [0]  # bytes
 
 
 def modes() -> bool:
@@ -59,11 +61,8 @@ def packed(bands: Bands, wide: bool, device: torch.device) -> Tensor:
     key = wide, device
     table = kept.get(key)
     if table is None:
-        if isinstance(bands, Boxes) and bands.start == [0]:
-            table = _pack_length(bands.how, bands.length[0], bands.flips[0], wide, device)
-        else:
-            pack = _pack_boxes if isinstance(bands, Boxes) else _pack
-            table = aside(lambda: pack(bands, wide).to(device))
+        pack = _pack_axis if isinstance(bands, Axis) else _pack_bands
+        table = pack(bands, wide, device)
         kept[key] = table
     return table
 
@@ -111,48 +110,69 @@ def _pack(bands: Bands, wide: bool) -> Tensor:
     return table
 
 
-def _pack_boxes(bands: Boxes, wide: bool) -> Tensor:
-    """The same of boxes: the tables of their lengths, moved to where the boxes start."""
-    kept = _kept.get((wide, bands.how), {})
-    keys = list(zip(bands.length, bands.flips, strict=True))
-    try:
-        tables = [kept[key] for key in keys]
-    except KeyError:
-        # a new dictionary, as other threads read the old one
-        kept = _kept[wide, bands.how] = _with_lengths(kept, set(keys), bands, wide)
-        tables = [kept[key] for key in keys]
-    table = torch.stack(tables)
-    start = torch.tensor(bands.start, dtype=torch.int32, device=CPU)
-    table[:, :, :3] += (start[:, None, None] * _PLACES)[:, None]
+def _pack_bands(bands: Bands, wide: bool, device: torch.device) -> Tensor:
+    return aside(lambda: _pack(bands, wide).to(device))
+
+
+def _pack_axis(axis: Axis, wide: bool, device: torch.device) -> Tensor:
+    """The same, made of the tables of the axis' lengths, moved to where its variants start."""
+    starts = [start for start, _, _ in axis.variants]
+    if starts == [0]:
+        return _tables(axis.variants, wide, device)[0]
+    return aside(_moved, axis.variants, starts, wide).to(device)
+
+
+def _moved(variants: list[Variant], starts: list[int], wide: bool) -> Tensor:
+    table = torch.cat(_tables(variants, wide, CPU))
+    if any(starts):
+        start = torch.tensor(starts, dtype=torch.int32, device=CPU)
+        table[:, :, :3] += (start[:, None, None] * _PLACES)[:, None]
     return table
 
 
-@lru_cache(maxsize=2048)
-def _pack_length(how: tuple, length: int, flip: bool, wide: bool, device: torch.device) -> Tensor:
-    """The same of a whole image of this length, for random crops of single images."""
-    return aside(lambda: _pack(of_lengths(how, [length], flip), wide).to(device))
+def _tables(variants: list[Variant], wide: bool, device: torch.device) -> list[Tensor]:
+    """The table of each variant as it were at 0, all with room for the same number of taps."""
+    kept = {}  # by the steps' id, as the few that there are take long to hash
+    for _, _, steps in variants:
+        if id(steps) not in kept:
+            kept[id(steps)] = _kept.setdefault((steps, wide, device), {})
+    try:
+        tables = [kept[id(steps)][length] for _, length, steps in variants]
+    except KeyError:
+        for steps in {id(steps): steps for _, _, steps in variants}.values():
+            lengths = {length for _, length, each in variants if each is steps}
+            aside(_add, kept[id(steps)], lengths.difference(kept[id(steps)]), steps, wide, device)
+        tables = [kept[id(steps)][length] for _, length, steps in variants]
+    rows = [table.shape[2] for table in tables]
+    most = max(rows)
+    for i, (_, length, steps) in enumerate(variants):
+        if rows[i] < most:
+            padded = kept[id(steps)].get((length, most))
+            if padded is None:
+                padded = torch.nn.functional.pad(tables[i], (0, 0, 0, most - rows[i]))
+                _keep(kept[id(steps)], (length, most), padded)
+            tables[i] = padded
+    return tables
 
 
-def _with_lengths(kept: dict, keys: set, bands: Boxes, wide: bool) -> dict:
-    """kept and the tables of the keys that it lacks; without its others where there is no room."""
-    made = {}
-    for flip in (False, True):
-        missing = [key for key in keys.difference(kept) if key[1] == flip]
-        if missing:
-            tables = _pack(of_lengths(bands.how, [length for length, _ in missing], flip), wide)
-            made.update(zip(missing, tables, strict=True))
-    # all with room for the same number of taps, each in memory of its own
-    rows = max(table.shape[1] for table in (*made.values(), *list(kept.values())[:1]))
-    size = next(iter(made.values()))[:, :1].nbytes * rows
-    if (len(kept) + len(made)) * size > KEPT_BYTES or len(_kept) > KEPT_KINDS:
+def _add(kept: dict, lengths: set[int], steps: Steps, wide: bool, device: torch.device) -> None:
+    """The tables of these lengths."""
+    together = steps and steps[0][0] == "resize"
+    for some in [list(lengths)] if together and lengths else [[length] for length in lengths]:
+        bands = each_bands_of(some, steps)
+        table = _pack(bands, wide)
+        for length, part, taps in zip(some, table.split(1), bands.count.amax(1), strict=True):
+            rows = 3 + max(int(taps), 1) * (2 if wide else 1)
+            # a copy: a part would keep the whole
+            _keep(kept, length, part[:, :, :rows].to(device).clone())
+
+
+def _keep(kept: dict, key, table: Tensor) -> None:
+    kept[key] = table
+    _used[0] += table.nbytes
+    if _used[0] > KEPT_BYTES:
         _kept.clear()
-        kept = {key: kept[key] for key in keys.intersection(kept)}
-    return {
-        key: torch.nn.functional.pad(table, (0, 0, 0, rows - table.shape[1])).clone()
-        if key in made or table.shape[1] < rows
-        else table
-        for key, table in (kept | made).items()
-    }
+        _used[0] = 0
 
 
 def _sizes_tensor(*sizes: int) -> Tensor:
@@ -170,7 +190,7 @@ class Plan:
         self.bands, self.wide, self.device = (rows, columns), wide, device
         self.tables = packed(rows, wide, device), packed(columns, wide, device)
         self.numbers = rows.size, columns.size, rows.out, columns.out
-        drawn = isinstance(rows, Boxes)  # so its sizes hardly come again
+        drawn = isinstance(rows, Axis)  # so its sizes hardly come again
         self.sizes = (_sizes_tensor if drawn else sizes_tensor)(*self.numbers)
 
     def transposed(self) -> tuple[Tensor, Tensor]:

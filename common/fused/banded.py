@@ -47,16 +47,10 @@ class Bands:
     def _flipped(self) -> "Bands":
         return Bands(self.first.flip(1), self.count.flip(1), self.weight.flip(1), self.size)
 
-    def select(self, index: Tensor) -> "Bands":
-        """The variants index (N,), int64: one for each image."""
-        return Bands(self.first[index], self.count[index], self.weight[index], self.size)
-
-    def flipped_where(self, mask: Tensor) -> "Bands":
-        """Variant v flipped where mask[v] is true. mask: bool (V,)."""
-        order = torch.arange(self.out, device=CPU)
-        order = torch.where(mask[:, None], self.out - 1 - order, order)
-        weight = torch.where(mask[:, None, None], self.weight.flip(1), self.weight)
-        return Bands(self.first.gather(1, order), self.count.gather(1, order), weight, self.size)
+    def cut(self, start: int, length: int) -> "Bands":
+        """The same, then a crop inside of the result."""
+        parts = (x[:, start : start + length] for x in (self.first, self.count, self.weight))
+        return Bands(*parts, self.size)
 
     def then(self, other: "Bands") -> "Bands":
         """The product: first these bands, then the other ones, which read what these give. A

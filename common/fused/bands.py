@@ -6,7 +6,7 @@ aten/src/ATen/native/cpu/UpSampleKernel.cpp).
 """
 
 import math
-from functools import cached_property, lru_cache, reduce
+from functools import lru_cache, reduce
 
 import torch
 from torch import Tensor
@@ -16,13 +16,12 @@ from .banded import CPU, Bands, stack
 __all__ = [
     "CPU",
     "Bands",
-    "Boxes",
     "blur",
     "crop",
     "identity",
     "quantized",
     "resize",
-    "resize_axes",
+    "resize_each",
     "stack",
 ]
 
@@ -66,99 +65,31 @@ def resize(
     dtype: torch.dtype = torch.float32,
     *,
     channels: int = 3,
-    start: Tensor | None = None,
-    length: Tensor | None = None,
 ) -> Bands:
     """torch.nn.functional.interpolate to `out` pixels: mode "bilinear" or "bicubic".
 
     dtype: that in which torch computes windows and weights: float64 for float64 images (and for
     uint8 ones), else float32. channels: of the images, as torch's kernel for three may round
-    otherwise. start, length: int64 (V,): resize each of these boxes inside of the image instead
-    (RandomResizedCrop), a variant for each.
+    otherwise.
     """
     if mode not in ("bilinear", "bicubic"):
         raise ValueError(f"no bands for mode {mode!r}: it must be 'bilinear' or 'bicubic'")
-    if length is None:
-        return _whole(size, out, mode, antialias, dtype, channels)
-    return _resize(size, out, mode, antialias, dtype, channels, start, length)
+    return resize_each([size], out, mode, antialias, dtype, channels)
 
 
-@lru_cache(maxsize=512)  # a chain may resize before what it draws
-def _whole(size, out, mode, antialias, dtype, channels) -> Bands:
-    length = torch.tensor([size], device=CPU)
-    return _resize(size, out, mode, antialias, dtype, channels, None, length)
-
-
-def _resize(size, out, mode, antialias, dtype, channels, start, length) -> Bands:
-    length = length[:, None]
+def resize_each(lengths: list[int], out, mode, antialias, dtype, channels) -> Bands:
+    """`resize` of images of these lengths, a variant for each."""
+    length = torch.tensor(lengths, device=CPU)[:, None]
     scale = length.to(dtype) / out  # (V, 1)
     make = _antialiased if antialias else _interpolated
     fused = dtype == torch.float32 and _contracted(mode, channels)
     first, count, weight = make(length, scale, torch.arange(out, device=CPU), mode, dtype, fused)
-    if antialias or mode == "bilinear":  # torch copies an axis whose size does not change
+    if out in lengths and (antialias or mode == "bilinear"):  # torch copies such an axis
         same = length == out
-        if bool(same.any()):
-            first = torch.where(same, torch.arange(out, device=CPU), first)
-            count = torch.where(same, 1, count)
-            weight[same[:, 0]] = torch.eye(1, weight.shape[2], dtype=dtype, device=CPU)
-    if start is not None:
-        first = first + start[:, None]
-    return Bands(first, count, weight.to(torch.float64), size)
-
-
-def resize_axes(old, new, mode, antialias, dtype, channels, boxes) -> list[Bands]:
-    """The bands of rows and columns: old and new are (height, width); boxes: None, or the lists of
-    top, left, height and width of what to resize."""
-    how = mode, antialias, dtype, channels
-    if boxes is None:
-        return [_whole(old[a], new[a], *how) for a in range(2)]
-    return [Boxes(old[a], (new[a], *how), boxes[a], boxes[2 + a]) for a in range(2)]
-
-
-class Boxes(Bands):
-    """The bands of `resize` with start and length, computed when somebody asks for them. A kernel
-    needs their packed form alone. `_layout` makes it of those of the lengths, which it keeps, as
-    the same few hundred lengths come again."""
-
-    def __init__(self, size: int, how: tuple, start: list, length: list, flips=None) -> None:
-        """how: the result's size, and mode, antialias, dtype and channels as `resize` takes them.
-        start, length: ints, of each box. flips: bools, which results are flipped."""
-        flips = flips or [False] * len(length)
-        vars(self).update(size=size, how=how, start=start, length=length, flips=flips)
-
-    @cached_property
-    def _made(self) -> Bands:
-        start, length, flips = (
-            torch.tensor(x, device=CPU) for x in (self.start, self.length, self.flips)
-        )
-        return _resize(self.size, *self.how, start, length).flipped_where(flips)
-
-    first = property(lambda self: self._made.first)
-    count = property(lambda self: self._made.count)
-    weight = property(lambda self: self._made.weight)
-    out = property(lambda self: self.how[0])
-
-    def __len__(self) -> int:
-        return len(self.length)
-
-    def flipped(self) -> Bands:
-        flips = [not flip for flip in self.flips]
-        return Boxes(self.size, self.how, self.start, self.length, flips)
-
-    def flipped_where(self, mask: Tensor) -> Bands:
-        flips = [a != b for a, b in zip(self.flips, mask.tolist(), strict=True)]
-        return Boxes(self.size, self.how, self.start, self.length, flips)
-
-    def select(self, index: Tensor) -> Bands:
-        index = index.tolist()
-        parts = ([x[i] for i in index] for x in (self.start, self.length, self.flips))
-        return Boxes(self.size, self.how, *parts)
-
-
-def of_lengths(how: tuple, lengths: list[int], flip: bool) -> Bands:
-    """Of whole images of these lengths, all flipped or none; how as in `Boxes`."""
-    made = _resize(0, *how, None, torch.tensor(lengths, device=CPU))
-    return made.flipped() if flip else made
+        first = torch.where(same, torch.arange(out, device=CPU), first)
+        count = torch.where(same, 1, count)
+        weight[same[:, 0]] = torch.eye(1, weight.shape[2], dtype=dtype, device=CPU)
+    return Bands(first, count, weight.to(torch.float64), max(lengths))
 
 
 def quantized(bands: Bands, bits: int) -> Bands:

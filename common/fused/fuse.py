@@ -159,7 +159,9 @@ class Fused(nn.Module):
             # the numbers that a loop of torch.rand(1) draws
             return (torch.rand(items, len(steps)) < chances).T.tolist(), items
         params = [[] for _ in steps]
-        each = [(p.append, step, *size[1:]) for p, step, size in zip(params, steps, draws)]
+        each = [
+            (p.append, step, *size[1:]) for p, step, size in zip(params, steps, draws, strict=True)
+        ]
         for _ in range(items):
             for add, step, height, width in each:
                 try:

@@ -58,7 +58,7 @@ def crop_center(passes: Passes, height: int, width: int) -> None:
     left, top, right, bottom = _center_crop_compute_padding(height, width, *old)
     padded = old[0] + top + bottom, old[1] + left + right
     start = _center_crop_compute_crop_anchor(height, width, *padded)
-    passes.crop(start[0] - top, start[1] - left, height, width)
+    passes.crop([start[0] - top], [start[1] - left], height, width)
 
 
 def random_crop(transform) -> Step:
@@ -76,7 +76,7 @@ def random_crop(transform) -> Step:
         if len(fill) not in (1, passes.channels):
             raise ValueError(f"{len(fill)} fill values do not fit {passes.channels} channels")
         tops, lefts = (
-            _of([p[key] - pad for p in params or [{key: 0}]])
+            [p[key] - pad for p in params or [{key: 0}]]
             for key, pad in (("top", top), ("left", left))
         )
         passes.crop(tops, lefts, height, width, fill, mode)
@@ -91,12 +91,7 @@ def random_resized_crop(transform) -> Step:
 
     def apply(passes: Passes, params) -> None:
         whole = {"top": 0, "left": 0, "height": passes.height, "width": passes.width}
-        if params and len(params) == 1:  # of a view
-            passes.crop(**params[0])
-            params = [{**params[0], "top": 0, "left": 0}]
         boxes = [[p[key] for p in params or [whole]] for key in whole]
-        if len(boxes[0]) == 1 and boxes[2:] == [[size] for size in transform.size]:
-            boxes = None
         resize_to(passes, transform.size, mode, antialias, boxes=boxes)
 
     return Step("", apply, _box_maker(transform), sized=True)
@@ -130,11 +125,6 @@ def _box_maker(transform) -> Callable:
     return draw
 
 
-def _of(numbers: list[int]) -> int | torch.Tensor:
-    """A number for one item, or one for each."""
-    return numbers[0] if len(numbers) == 1 else torch.tensor(numbers, device="cpu")
-
-
 def _maker(transform) -> Callable:
     """The transform's own draw, for an image of a size."""
 
@@ -147,10 +137,7 @@ def _maker(transform) -> Callable:
 def random_flip(axis: int) -> Callable:
     def make(transform) -> Step:
         def apply(passes: Passes, params) -> None:
-            if params is None or len(params) != 1:
-                passes.flip(axis, torch.tensor(params or [False, True], device="cpu"))
-            elif params[0]:
-                passes.flip(axis)
+            passes.flip(axis, params or [False, True])
 
         chance = torch.tensor(transform.p, dtype=torch.float32, device="cpu").item()
 
@@ -163,7 +150,7 @@ def random_flip(axis: int) -> Callable:
 
 
 def flip(axis: int) -> Callable:
-    return lambda _: Step("", lambda passes, _: passes.flip(axis))
+    return lambda _: Step("", lambda passes, _: passes.flip(axis, [True]))
 
 
 def gaussian_blur(transform) -> Step:

@@ -7,9 +7,10 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from . import bands as b
 from . import colour
-from .bands import CPU, Bands
+from ._layout import aside
+from .axes import FLIP, Axis, Variant, bands_of
+from .bands import CPU
 
 # added before rounding to nearest, ties to even: to round down (gray levels are multiples of 1e-4),
 # and to round ties up
@@ -20,8 +21,8 @@ FLOOR, HALF_UP = -0.5 + 5e-5, 2e-5
 class Pass:
     """The arguments of one `separable_map`; box: the part of the images that it sees."""
 
-    rows: Bands
-    columns: Bands
+    rows: Axis
+    columns: Axis
     mix: Tensor
     table: Tensor | None
     row_index: Tensor | None
@@ -50,9 +51,9 @@ class Passes:
 
     def _begin(self, source: torch.dtype) -> None:
         self.source = source  # dtype of what the pass reads
-        self.axes: list[Bands | None] = [None, None]  # rows, columns; None: as they are
-        self.index: list[Tensor | None] = [None, None]  # which variant each item takes
-        self.box: tuple[int, int, int, int] | None = None
+        # of rows and columns, the variants: one, or one for each item
+        self.axes: list[list[Variant]] = [[(0, n, ())] for n in (self.height, self.width)]
+        self.read = self.height, self.width  # of what the pass reads
         self.inputs, self.colours = self.channels, ()  # see `colour`
         self.clamped = False
         self.touched = self.sparse = self.rounds = self.floors = self.half_up = False
@@ -61,42 +62,64 @@ class Passes:
         """Ends the pass; its result is of this dtype."""
         if not self.touched and dtype == self.source:
             return
-        sizes = self.height, self.width
-        rows, columns = (bands or b.identity(n) for bands, n in zip(self.axes, sizes, strict=True))
+        box, read = None, self.read
+        if all(len(axis) == 1 for axis in self.axes):  # a view, whatever the images' strides
+            (top, height, down), (left, width, across) = (axis[0] for axis in self.axes)
+            if (height, width) != read:
+                box, read = (top, left, height, width), (height, width)
+            self.axes = [[(0, height, down)], [(0, width, across)]]
+        (rows, row_index), (columns, column_index) = (
+            _distinct(*axis)
+            for axis in zip(self.axes, read, (self.height, self.width), strict=True)
+        )
         round_by = 0.0
         if dtype == torch.uint8:
             round_by = FLOOR if self.floors else HALF_UP if self.half_up else 0.0
         mix, table = colour.tensors(self.inputs, self.colours, round_by)
-        self.done.append(Pass(rows, columns, mix, table, *self.index, dtype, self.box))
+        self.done.append(Pass(rows, columns, mix, table, row_index, column_index, dtype, box))
         self._begin(dtype)
 
     # along the axes
 
-    def _then(self, axis: int, bands: Bands) -> None:
-        if len(bands) > 1:
-            self._each(axis)
-            self.index[axis] = torch.arange(len(bands), device=CPU)
-        before = self.axes[axis]
-        self.axes[axis] = bands if before is None else before.then(bands)
-        self.touched = True
+    def _then(self, axis: int, steps: list, inside: bool = False) -> None:
+        """A step for all items, or one for each; None: nothing. inside: they are crops that do not
+        reach beyond the image."""
+        variants = self.axes[axis]
+        items = max(len(variants), len(steps))
+        variants, steps = (x * items if len(x) == 1 else x for x in (variants, steps))
+        longer = {}  # items with the same steps share them: they are told apart by id
+        changed = []
+        for (start, length, before), step in zip(variants, steps, strict=True):
+            if step is not None and inside and not before:
+                start, length = start + step[1], step[2]
+            elif step is not None:
+                after = longer.get((id(before), step))
+                if after is None:
+                    twice = step == before[-1:] == FLIP
+                    after = before[:-1] if twice else (*before, step)
+                    longer[id(before), step] = after
+                before = after
+            changed.append((start, length, before))
+        self.axes[axis] = changed
+        self.touched |= items > 1 or steps != [None]
 
-    def _each(self, axis: int) -> None:
-        """Where the items differ: a variant for each."""
-        if self.index[axis] is not None:
-            self.axes[axis] = self.axes[axis].select(self.index[axis])
-            self.index[axis] = torch.arange(len(self.axes[axis]), device=CPU)
-
-    def _blend(self, rows: Bands, columns: Bands) -> None:
-        """Bands that mix pixels: what was clamped, or what these would read beyond torch, is a pass
-        of its own."""
-        gaps = self.sparse and any(
-            mine is not None and (len(mine) > 1 or mine.gaps(new))
-            for mine, new in zip(self.axes, (rows, columns), strict=True)
-        )
-        if self.clamped or gaps:
+    def _blend(self, steps: dict[int, tuple], boxes=None) -> None:
+        """For each axis a step that mixes pixels, those of a box for each item: what was clamped,
+        or what these would read beyond torch, is a pass of its own."""
+        if self.clamped or (self.sparse and any(self._gaps(*item) for item in steps.items())):
             self.finish(self.dtype)
-        self._then(0, rows)
-        self._then(1, columns)
+        for axis, step in steps.items():
+            if boxes is not None:
+                crops = zip(boxes[axis], boxes[2 + axis], strict=True)
+                self._then(axis, [("crop", *box, "constant") for box in crops], True)
+            self._then(axis, [step])
+
+    def _gaps(self, axis: int, step: tuple) -> bool:
+        (_, length, steps), *more = self.axes[axis]
+        if not steps and not more:
+            return False
+        before = bands_of(length, steps)
+        return bool(more) or before.gaps(bands_of(before.out, (step,)))
 
     def _round(self) -> None:
         """torchvision rounds uint8 after the step that begins here."""
@@ -107,54 +130,43 @@ class Passes:
             self.rounds = self.touched = True
 
     def crop(self, top, left, height: int, width: int, fill=(0.0,), mode="constant") -> None:
-        """top, left: ints, or int64 (items,). Beyond the image lies `fill` (one value, or one for
-        each channel), or the image continued as mode says."""
-        old = self.height, self.width
-        if isinstance(top, int) and isinstance(left, int):
-            inside = top >= 0 and left >= 0 and top + height <= old[0] and left + width <= old[1]
-            if inside and self.axes == [None, None]:  # a view of the images, whatever their strides
-                shift = self.box or (0, 0)
-                self.box = shift[0] + top, shift[1] + left, height, width
-                self.height, self.width = height, width
-                self.touched = True
-                return
+        """top, left: lists, one number or one for each item. Beyond the image lies `fill` (one
+        value, or one for each channel), or the image continued as mode says."""
+        old, new = (self.height, self.width), (height, width)
+        inside = [
+            min(starts) >= 0 and max(starts) + length <= size
+            for starts, length, size in zip((top, left), new, old, strict=True)
+        ]
         fill = list(fill)
-        boxes = [torch.as_tensor(start, device=CPU) for start in (top, left)]
-        outside = any(
-            bool((start < 0).any() or (start + length > size).any())
-            for start, length, size in zip(boxes, (height, width), old, strict=True)
-        )
         fill = fill * self.channels if len(fill) == 1 else fill
         bias = colour.product(self.inputs, self.colours)[1]
-        inner = outside and mode == "constant" and fill != list(bias)
+        inner = not all(inside) and mode == "constant" and fill != list(bias)
         if inner:  # the operator gives the bias there: let it be the fill
             if self.rounds and self.dtype == torch.uint8:
                 self.finish(torch.uint8)
             self.scale((1.0,), tuple(-x for x in fill))
             self.finish(torch.float32 if self.dtype == torch.uint8 else self.dtype)
-        for axis, (start, length) in enumerate(zip(boxes, (height, width), strict=True)):
-            self._then(axis, b.crop(old[axis], start, length, mode))
+        for axis, starts in enumerate((top, left)):
+            steps = [("crop", start, new[axis], mode) for start in starts]
+            if not inside[axis]:
+                for step in set(steps):
+                    bands_of(old[axis], (step,))  # its error comes here
+            self._then(axis, steps, inside[axis])
         self.height, self.width = height, width
         if inner:
             self.scale((1.0,), tuple(fill))
 
-    def flip(self, axis: int, mask: Tensor | None = None) -> None:
-        """axis: 0 flips upside down, 1 left to right. mask: bool (items,), which items,
-        more than one."""
-        self.touched = True
-        bands = self.axes[axis] or b.identity((self.height, self.width)[axis])
-        if mask is None:
-            self.axes[axis] = bands.flipped()
-        elif len(bands) == 1:
-            self.axes[axis] = b.stack([bands, bands.flipped()])
-            self.index[axis] = mask.to(torch.int64)
-        else:
-            self._each(axis)
-            self.axes[axis] = self.axes[axis].flipped_where(mask)
+    def flip(self, axis: int, which: list[bool]) -> None:
+        """axis: 0 flips upside down, 1 left to right. which: one for all items, or one for each."""
+        self._then(axis, [FLIP if each else None for each in which])
 
     def resize(self, height, width, mode, antialias, *, boxes=None, native=True) -> None:
         """boxes: lists of top, left, height and width: what to resize of each item. native: False
         where torchvision resizes uint8 as float32, rounded once."""
+        if boxes is not None and len(boxes[0]) == 1:
+            top, left, (down,), (across,) = boxes
+            self.crop(top, left, down, across)
+            boxes = None
         old, new = (self.height, self.width), (height, width)
         if boxes is None and old == new:
             return
@@ -165,16 +177,16 @@ class Passes:
         if clamps and native:
             self.roundings += 1  # never in one pass
         dtype = torch.float64 if self.dtype == torch.float64 or native else torch.float32
-        make = b.resize_axes(old, new, mode, antialias, dtype, self.channels, boxes)
-        if native and self.exact:
-            make = [b.quantized(bands, 30 if self.pil else 15) for bands in make]
+        bits = (30 if self.pil else 15) if native and self.exact else 0
+        how = mode, antialias, dtype, self.channels, bits
+        steps = {axis: ("resize", new[axis], *how) for axis in range(2)}
+        if bits:
             if old[0] != height and old[1] != width:
-                self._blend(b.identity(old[0]), make[1])  # torch resizes the rows first
-                self.width, make[1] = width, b.identity(width)
-                self.half_up = True
+                self._blend({1: steps.pop(1)}, boxes)  # torch resizes the rows first
+                self.width, self.half_up = width, True
                 self.finish(torch.uint8)
             self.rounds = self.half_up = True
-        self._blend(*make)
+        self._blend(steps, boxes)
         self.height, self.width = new
         self.sparse |= not antialias and not levels
         if clamps:
@@ -185,10 +197,11 @@ class Passes:
         """kernel_size, sigma: (width, height)."""
         self._round()
         dtype = self.dtype if self.dtype.is_floating_point else torch.float32
-        self._blend(
-            b.blur(self.height, kernel_size[1], sigma[1], dtype),
-            b.blur(self.width, kernel_size[0], sigma[0], dtype),
-        )
+        steps = zip(kernel_size[::-1], sigma[::-1], strict=True)
+        steps = {axis: ("blur", *step, dtype) for axis, step in enumerate(steps)}
+        for axis, size in enumerate((self.height, self.width)):
+            bands_of(size, (steps[axis],))  # its error comes here
+        self._blend(steps)
 
     # across the channels
 
@@ -223,3 +236,21 @@ def _resizes_uint8(mode: str) -> bool:
     """Whether torchvision resizes uint8 tensors on this CPU as such, not as float32."""
     arm = platform.machine() in ("aarch64", "arm64")
     return mode == "bicubic" or arm or torch.backends.cpu.get_cpu_capability() != "DEFAULT"
+
+
+def _distinct(variants: list[Variant], size: int, out: int) -> tuple[Axis, Tensor | None]:
+    """The axis of the variants that differ, and which one each item takes."""
+    places = {}
+    keys = [(start, length, id(steps)) for start, length, steps in variants]
+    index = [places.setdefault(key, len(places)) for key in keys]
+    if len(places) == 1:
+        return Axis(size, out, variants[:1]), None
+    if len(places) == len(variants):
+        return Axis(size, out, variants), _count(len(variants))
+    distinct = dict(zip(index, variants, strict=True))
+    return Axis(size, out, list(distinct.values())), torch.tensor(index, device=CPU)
+
+
+@lru_cache(maxsize=16)
+def _count(items: int) -> Tensor:
+    return aside(lambda: torch.arange(items, device=CPU))

@@ -62,7 +62,7 @@ def apply(each: Pass, x: Tensor, items: int) -> Tensor:
         return separable_map(x, each.rows, each.columns, each.mix, each.table, dtype=each.dtype)
     flat = x if x.dim() == 4 else x.flatten(0, -4)
     repeats = len(flat) // max(items, 1)
-    if repeats > 1 or len(flat) != items:
+    if repeats != 1:
         indices = (None if i is None else i[:items].repeat_interleave(repeats) for i in indices)
     row_index, column_index = (None if i is None else i.to(x.device) for i in indices)
     out = separable_map(

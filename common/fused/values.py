@@ -114,7 +114,7 @@ def fused_transform(transform) -> Step:
         _gray(passes, 1)
         for axis, flip in enumerate(flips):
             if flip:
-                passes.flip(axis)
+                passes.flip(axis, [True])
 
     return Step("", apply)
 

@@ -1,0 +1,68 @@
+"""What a chain does along one axis of an image: its steps by name, and the bands that they make."""
+
+from functools import cached_property, lru_cache
+
+from . import bands as b
+from .banded import Bands, stack
+
+# a step: ("resize", out, mode, antialias, dtype, channels, bits), where bits are those to which
+# weights are `quantized`, or 0; ("crop", start, length, mode); ("blur", kernel_size, sigma, dtype)
+Steps = tuple[tuple, ...]
+FLIP = ("flip",)
+Variant = tuple[int, int, Steps]  # steps on `length` pixels of an image, from `start` on
+
+
+class Axis(Bands):
+    """The bands of these variants, computed when somebody asks for them. A kernel needs their
+    packed form alone, which `_layout` makes of those of each length and keeps: random crops are of
+    the same few hundred lengths."""
+
+    def __init__(self, size: int, out: int, variants: list[Variant]) -> None:
+        vars(self).update(size=size, length=out, variants=variants)
+
+    @cached_property
+    def _made(self) -> Bands:
+        made = []
+        for start, length, steps in self.variants:
+            bands = bands_of(length, steps)
+            made.append(Bands(bands.first + start, bands.count, bands.weight, self.size))
+        return stack(made)
+
+    first = property(lambda self: self._made.first)
+    count = property(lambda self: self._made.count)
+    weight = property(lambda self: self._made.weight)
+    out = property(lambda self: self.length)
+
+    def __len__(self) -> int:
+        return len(self.variants)
+
+
+@lru_cache(maxsize=256)
+def bands_of(length: int, steps: Steps) -> Bands:
+    """The product of the steps on an image of this length."""
+    return each_bands_of([length], steps)
+
+
+def each_bands_of(lengths: list[int], steps: Steps) -> Bands:
+    """The same, a variant for each of the lengths; more than one where the first step resizes."""
+    if not steps:
+        return b.identity(*lengths)
+    *before, (kind, *options) = steps
+    if kind == "resize" and not before:
+        return _resized(lengths, *options)
+    before = tuple(before)
+    bands = bands_of(*lengths, before) if len(lengths) == 1 else each_bands_of(lengths, before)
+    if kind == "flip":
+        return bands.flipped()
+    if kind == "crop":
+        start, out, _ = options
+        if start >= 0 and start + out <= bands.out:
+            return bands.cut(start, out)
+    if before:
+        return bands.then(bands_of(bands.out, (steps[-1],)))
+    return (b.crop if kind == "crop" else b.blur)(bands.out, *options)
+
+
+def _resized(lengths: list[int], out, mode, antialias, dtype, channels, bits) -> Bands:
+    bands = b.resize_each(lengths, out, mode, antialias, dtype, channels)
+    return b.quantized(bands, bits) if bits else bands
