@@ -11,7 +11,8 @@ from torchvision import models, tv_tensors
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as F
 
-from common.fused import fuse
+from common.fused import draws, fuse
+from common.fused.draws import Numbers
 from common.fused.steps import steps_of
 from tests.chains import (
     MEAN,
@@ -119,8 +120,42 @@ def test_the_box_of_a_crop_is_that_of_torchvision():
         expected = transform.make_params([torch.empty(1, *size)])
         state = torch.get_rng_state()
         torch.manual_seed(seed)
-        assert steps_of(transform)[0].draw(*size) == expected
+        assert steps_of(transform)[0].draw(Numbers(), *size) == expected
         assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("size", [(32, 32), (20, 40)])
+@pytest.mark.parametrize("padding", [None, 4, [1, 2, 3, 4]])
+def test_the_place_of_a_crop_is_that_of_torchvision(padding, size):
+    transform = v2.RandomCrop((32, 24), padding, pad_if_needed=True)
+    for seed in range(50):
+        torch.manual_seed(seed)
+        expected = transform.make_params([torch.empty(1, *size)])
+        state = torch.get_rng_state()
+        torch.manual_seed(seed)
+        actual = steps_of(transform)[0].draw(Numbers(), *size)
+        assert torch.equal(torch.get_rng_state(), state)
+        assert (actual["top"], actual["left"]) == (expected["top"], expected["left"])
+        assert actual["padding"] == expected["padding"][:2]
+
+
+@pytest.mark.parametrize("items", [4, 5, 64, 1000])
+def test_many_numbers_are_those_drawn_one_by_one(items, monkeypatch):
+    assert draws._agree()  # else they would not be drawn here
+    chain = (
+        v2.RandomCrop(30, 4),
+        v2.RandomResizedCrop(9),
+        v2.GaussianBlur(3, 1.0),
+        v2.RandomVerticalFlip(),
+    )
+    steps = [(step, size, size) for step, size in zip(steps_of(chain), (32, 30, 9, 9), strict=True)]
+    torch.manual_seed(items)
+    many = draws.draw_each(steps, items)
+    state = torch.get_rng_state()
+    torch.manual_seed(items)
+    monkeypatch.setattr(draws, "_agree", lambda: False)
+    assert draws.draw_each(steps, items) == many
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 @pytest.mark.parametrize(

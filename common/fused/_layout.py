@@ -118,7 +118,9 @@ def _pack_axis(axis: Axis, wide: bool, device: torch.device) -> Tensor:
     """The same, made of the tables of the axis' lengths, moved to where its variants start."""
     starts = [start for start, _, _ in axis.variants]
     if starts == [0]:
-        return _tables(axis.variants, wide, device)[0]
+        ((_, length, steps),) = axis.variants
+        table = _kept.get((steps, wide, device), {}).get(length)
+        return _tables(axis.variants, wide, device)[0] if table is None else table
     return aside(_moved, axis.variants, starts, wide).to(device)
 
 

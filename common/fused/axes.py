@@ -2,6 +2,9 @@
 
 from functools import cached_property, lru_cache
 
+import torch
+from torch import Tensor
+
 from . import bands as b
 from .banded import Bands, stack
 
@@ -35,6 +38,34 @@ class Axis(Bands):
 
     def __len__(self) -> int:
         return len(self.variants)
+
+
+def longer(variant: Variant, step: tuple, inside: bool, shared: dict) -> Variant:
+    """The variant with one more step. inside: it is a crop that does not reach beyond the image.
+    shared: variants with the same steps share them by it, and are told apart by their id."""
+    start, length, steps = variant
+    if inside and not steps:
+        return start + step[1], step[2], steps
+    more = shared.get((id(steps), step))
+    if more is None:
+        more = steps[:-1] if steps and step == FLIP == steps[-1] else (*steps, step)
+        shared[id(steps), step] = more
+    return start, length, more
+
+
+def distinct(variants: list[Variant], size: int, out: int) -> tuple[Axis, Tensor | None]:
+    """The axis of the variants that differ, and which one each item takes."""
+    if len(variants) == 1:
+        return Axis(size, out, variants), None
+    places = {}
+    keys = [(start, length, id(steps)) for start, length, steps in variants]
+    index = [places.setdefault(key, len(places)) for key in keys]
+    if len(places) == 1:
+        return Axis(size, out, variants[:1]), None
+    if len(places) == len(variants):
+        return Axis(size, out, variants), torch.arange(len(variants), device=b.CPU)
+    chosen = dict(zip(index, variants, strict=True))
+    return Axis(size, out, list(chosen.values())), torch.tensor(index, device=b.CPU)
 
 
 @lru_cache(maxsize=256)

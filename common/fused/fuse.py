@@ -13,6 +13,7 @@ from torchvision.transforms.v2 import functional as F
 from . import _ops as ops
 from ._layout import Plan, aside, modes
 from .bands import CPU
+from .draws import draw_each
 from .operator import affine
 from .passes import Pass, Passes
 from .samples import apply, check, images_of, items_of, show, spec_of, wrap
@@ -153,22 +154,8 @@ class Fused(nn.Module):
                     "fuse: the images of a sample share their random parameters, so they must "
                     "agree in number and size: " + ", ".join(str(spec_of(x)[3]) for x in images)
                 )
-        steps = [self._steps[i] for i, _, _ in draws]
-        if all(step.probability is not None for step in steps):
-            chances = torch.tensor([step.probability for step in steps])
-            # the numbers that a loop of torch.rand(1) draws
-            return (torch.rand(items, len(steps)) < chances).T.tolist(), items
-        params = [[] for _ in steps]
-        each = [
-            (p.append, step, *size[1:]) for p, step, size in zip(params, steps, draws, strict=True)
-        ]
-        for _ in range(items):
-            for add, step, height, width in each:
-                try:
-                    add(step.draw(height, width))
-                except ValueError as error:
-                    raise ValueError(f"{step.name}: {error}") from None
-        return params, items
+        steps = [(self._steps[i], *size) for i, *size in draws]
+        return draw_each(steps, items), items
 
     def _recipe(self, spec: tuple) -> _Recipe:
         recipe = self._recipes.get(spec)

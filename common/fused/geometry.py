@@ -83,7 +83,29 @@ def random_crop(transform) -> Step:
 
     if not set(transform._fill) <= {"others"}:
         raise NotFusable("its fill must be one for all kinds of images")
-    return Step("", apply, _maker(transform), sized=True)
+    return Step("", apply, _crop_maker(transform), sized=True)
+
+
+def _crop_maker(transform) -> Callable:
+    """transform.make_params of RandomCrop, as far as its numbers go."""
+
+    def draw(numbers, height: int, width: int) -> dict:
+        starts, pads = [], []
+        left, right, top, bottom = transform.padding or [0] * 4
+        for size, before, after, out in (
+            (height, top, bottom, transform.size[0]),
+            (width, left, right, transform.size[1]),
+        ):
+            more = out - before - size - after
+            if more > 0 and not transform.pad_if_needed:
+                transform.make_params([torch.empty(1, height, width, device="meta")])  # its error
+            more = max(more, 0)
+            padded = size + before + after + 2 * more
+            starts.append(numbers.below(padded - out + 1) if padded > out else 0)
+            pads.append(before + more)
+        return {"top": starts[0], "left": starts[1], "padding": pads[::-1]}
+
+    return draw
 
 
 def random_resized_crop(transform) -> Step:
@@ -104,16 +126,14 @@ def _box_maker(transform) -> Callable:
     ratios = transform.ratio
     log_low, log_high = transform._log_ratio.tolist()
 
-    def draw(height: int, width: int) -> dict[str, int]:
-        number, integer = torch.empty(1), torch.empty(1, dtype=torch.int64)
+    def draw(numbers, height: int, width: int) -> dict[str, int]:
         for _ in range(10):
-            target = height * width * number.uniform_(low, high).item()
-            ratio = number.uniform_(log_low, log_high).exp_().item()
+            target = height * width * numbers.uniform(low, high)
+            ratio = numbers.exp_uniform(log_low, log_high)
             w = round(math.sqrt(target * ratio))
             h = round(math.sqrt(target / ratio))
             if 0 < w <= width and 0 < h <= height:
-                top = integer.random_(0, height - h + 1).item()
-                left = integer.random_(0, width - w + 1).item()
+                top, left = numbers.below(height - h + 1), numbers.below(width - w + 1)
                 return {"top": top, "left": left, "height": h, "width": w}
         h, w = height, width  # the largest central box
         if width / height < min(ratios):
@@ -125,15 +145,6 @@ def _box_maker(transform) -> Callable:
     return draw
 
 
-def _maker(transform) -> Callable:
-    """The transform's own draw, for an image of a size."""
-
-    def draw(height: int, width: int):
-        return transform.make_params([torch.empty(1, height, width, device="meta")])
-
-    return draw
-
-
 def random_flip(axis: int) -> Callable:
     def make(transform) -> Step:
         def apply(passes: Passes, params) -> None:
@@ -141,10 +152,10 @@ def random_flip(axis: int) -> Callable:
 
         chance = torch.tensor(transform.p, dtype=torch.float32, device="cpu").item()
 
-        def draw(_height: int, _width: int) -> bool:  # torch.rand(1) < p, which float32 compares
-            return torch.empty(1, device="cpu").uniform_().item() < chance
+        def draw(numbers, _height: int, _width: int) -> bool:  # float32 compares it with p
+            return numbers.uniform(0, 1) < chance
 
-        return Step("", apply, draw, probability=transform.p)
+        return Step("", apply, draw)
 
     return make
 
@@ -162,4 +173,4 @@ def gaussian_blur(transform) -> Step:
         passes.blur(transform.kernel_size, (sigma, sigma))
 
     # drawn all the same, so that the steps after it draw what they draw in torchvision
-    return Step("", apply, _maker(transform), fixed=True)
+    return Step("", apply, lambda numbers, *_: numbers.uniform(*transform.sigma), fixed=True)

@@ -64,7 +64,7 @@ def separable_map(
         sizes = rows.size, columns.size, rows.out, columns.out
         return _traced(images, tables, sizes, mix, bias, row_index, column_index, dtype, out)
     plan = Plan(rows, columns, wide, images.device)
-    return _apply(images, plan, mix, bias, row_index, column_index, dtype, out)
+    return apply_plan(images, plan, mix, bias, row_index, column_index, dtype, out)
 
 
 def affine(channels: int, bias=None, low=None, high=None) -> Tensor:
@@ -132,7 +132,7 @@ def fused_transform(
         tables, sizes = _chain_tables(*plan), (h, w, height, width)
         return _traced(images, tables, sizes, mix, None, vmask, hmask, None, out)
     plan = chain_plan(*plan)
-    result = _apply(images, plan, mix, None, vmask, hmask, None, out)
+    result = apply_plan(images, plan, mix, None, vmask, hmask, None, out)
     if hmask is None and vmask is None and type(images) is Tensor:
         if len(_known) >= KNOWN:
             _known.clear()
@@ -180,7 +180,8 @@ def _is_plain(images: Tensor) -> bool:
     )
 
 
-def _apply(images, plan, mix, affine, row_index, column_index, dtype, out) -> Tensor:
+def apply_plan(images, plan, mix, affine, row_index, column_index, dtype, out) -> Tensor:
+    """`separable_map`, its arguments prepared."""
     if _ops.forward is None:
         _ops.load()
     options = affine, row_index, column_index, dtype

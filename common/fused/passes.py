@@ -1,16 +1,15 @@
 """What a chain of linear steps does to an image, gathered into passes of the operator."""
 
 import platform
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from . import colour
-from ._layout import aside
-from .axes import FLIP, Axis, Variant, bands_of
-from .bands import CPU
+from ._layout import Plan
+from .axes import FLIP, Axis, Variant, bands_of, distinct, longer
 
 # added before rounding to nearest, ties to even: to round down (gray levels are multiples of 1e-4),
 # and to round ties up
@@ -29,6 +28,13 @@ class Pass:
     column_index: Tensor | None
     dtype: torch.dtype
     box: tuple[int, int, int, int] | None  # top, left, height, width
+    plans: dict = field(default_factory=dict)  # by (wide, device)
+
+    def plan(self, images: Tensor) -> Plan:
+        key = torch.float64 in (images.dtype, self.dtype), images.device
+        if key not in self.plans:
+            self.plans[key] = Plan(self.rows, self.columns, *key)
+        return self.plans[key]
 
 
 class Passes:
@@ -69,8 +75,7 @@ class Passes:
                 box, read = (top, left, height, width), (height, width)
             self.axes = [[(0, height, down)], [(0, width, across)]]
         (rows, row_index), (columns, column_index) = (
-            _distinct(*axis)
-            for axis in zip(self.axes, read, (self.height, self.width), strict=True)
+            distinct(*axis) for axis in zip(self.axes, read, (self.height, self.width), strict=True)
         )
         round_by = 0.0
         if dtype == torch.uint8:
@@ -84,24 +89,20 @@ class Passes:
     def _then(self, axis: int, steps: list, inside: bool = False) -> None:
         """A step for all items, or one for each; None: nothing. inside: they are crops that do not
         reach beyond the image."""
+        if steps == [None]:
+            return
+        self.touched = True
         variants = self.axes[axis]
+        if len(variants) == len(steps) == 1:
+            self.axes[axis] = [longer(variants[0], steps[0], inside, {})]
+            return
         items = max(len(variants), len(steps))
         variants, steps = (x * items if len(x) == 1 else x for x in (variants, steps))
-        longer = {}  # items with the same steps share them: they are told apart by id
-        changed = []
-        for (start, length, before), step in zip(variants, steps, strict=True):
-            if step is not None and inside and not before:
-                start, length = start + step[1], step[2]
-            elif step is not None:
-                after = longer.get((id(before), step))
-                if after is None:
-                    twice = step == before[-1:] == FLIP
-                    after = before[:-1] if twice else (*before, step)
-                    longer[id(before), step] = after
-                before = after
-            changed.append((start, length, before))
-        self.axes[axis] = changed
-        self.touched |= items > 1 or steps != [None]
+        shared = {}  # items with the same steps share them, and are told apart by their id
+        self.axes[axis] = [
+            each if step is None else longer(each, step, inside, shared)
+            for each, step in zip(variants, steps, strict=True)
+        ]
 
     def _blend(self, steps: dict[int, tuple], boxes=None) -> None:
         """For each axis a step that mixes pixels, those of a box for each item: what was clamped,
@@ -137,10 +138,9 @@ class Passes:
             min(starts) >= 0 and max(starts) + length <= size
             for starts, length, size in zip((top, left), new, old, strict=True)
         ]
-        fill = list(fill)
-        fill = fill * self.channels if len(fill) == 1 else fill
-        bias = colour.product(self.inputs, self.colours)[1]
-        inner = not all(inside) and mode == "constant" and fill != list(bias)
+        fill = tuple(fill) * self.channels if len(fill) == 1 else tuple(fill)
+        inner = not all(inside) and mode == "constant"
+        inner = inner and fill != colour.product(self.inputs, self.colours)[1]
         if inner:  # the operator gives the bias there: let it be the fill
             if self.rounds and self.dtype == torch.uint8:
                 self.finish(torch.uint8)
@@ -154,7 +154,7 @@ class Passes:
             self._then(axis, steps, inside[axis])
         self.height, self.width = height, width
         if inner:
-            self.scale((1.0,), tuple(fill))
+            self.scale((1.0,), fill)
 
     def flip(self, axis: int, which: list[bool]) -> None:
         """axis: 0 flips upside down, 1 left to right. which: one for all items, or one for each."""
@@ -236,21 +236,3 @@ def _resizes_uint8(mode: str) -> bool:
     """Whether torchvision resizes uint8 tensors on this CPU as such, not as float32."""
     arm = platform.machine() in ("aarch64", "arm64")
     return mode == "bicubic" or arm or torch.backends.cpu.get_cpu_capability() != "DEFAULT"
-
-
-def _distinct(variants: list[Variant], size: int, out: int) -> tuple[Axis, Tensor | None]:
-    """The axis of the variants that differ, and which one each item takes."""
-    places = {}
-    keys = [(start, length, id(steps)) for start, length, steps in variants]
-    index = [places.setdefault(key, len(places)) for key in keys]
-    if len(places) == 1:
-        return Axis(size, out, variants[:1]), None
-    if len(places) == len(variants):
-        return Axis(size, out, variants), _count(len(variants))
-    distinct = dict(zip(index, variants, strict=True))
-    return Axis(size, out, list(distinct.values())), torch.tensor(index, device=CPU)
-
-
-@lru_cache(maxsize=16)
-def _count(items: int) -> Tensor:
-    return aside(lambda: torch.arange(items, device=CPU))

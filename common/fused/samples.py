@@ -7,7 +7,7 @@ from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as F
 
 from ._ops import FLOATS
-from .operator import separable_map
+from .operator import apply_plan
 from .passes import Pass
 
 
@@ -59,22 +59,13 @@ def apply(each: Pass, x: Tensor, items: int) -> Tensor:
         x = x[..., top : top + height, left : left + width]
     indices = each.row_index, each.column_index
     if indices == (None, None):
-        return separable_map(x, each.rows, each.columns, each.mix, each.table, dtype=each.dtype)
+        return apply_plan(x, each.plan(x), each.mix, each.table, *indices, each.dtype, None)
     flat = x if x.dim() == 4 else x.flatten(0, -4)
     repeats = len(flat) // max(items, 1)
     if repeats != 1:
-        indices = (None if i is None else i[:items].repeat_interleave(repeats) for i in indices)
-    row_index, column_index = (None if i is None else i.to(x.device) for i in indices)
-    out = separable_map(
-        flat,
-        each.rows,
-        each.columns,
-        each.mix,
-        each.table,
-        row_index=row_index,
-        column_index=column_index,
-        dtype=each.dtype,
-    )
+        indices = [None if i is None else i[:items].repeat_interleave(repeats) for i in indices]
+    indices = [None if i is None else i.to(x.device) for i in indices]
+    out = apply_plan(flat, each.plan(x), each.mix, each.table, *indices, each.dtype, None)
     return out if x.dim() == 4 else out.unflatten(0, x.shape[:-3])
 
 

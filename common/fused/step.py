@@ -11,7 +11,7 @@ class NotFusable(ValueError):
 @dataclass
 class Step:
     """apply(passes, params): params is what `draw` gave for each item, or None to learn of the
-    sizes only. draw(height, width): the random parameters of one item, from torch's generator.
+    sizes only. draw(numbers, height, width): the random parameters of one item, see `draws`.
     sized: they depend on the image's size. fixed: they are always the same."""
 
     name: str
@@ -19,4 +19,3 @@ class Step:
     draw: Callable | None = None
     sized: bool = False
     fixed: bool = False
-    probability: float | None = None  # of a flip: draw is torch.rand(1) < probability
