@@ -61,6 +61,7 @@ class _Recipe:
     exact: bool
     result: type | None  # None: as the input
     pil: bool  # the result is a PIL image
+    flipped: dict | None  # of chains that draw flips alone: by those of a single image, the passes
 
 
 class Fused(nn.Module):
@@ -131,8 +132,7 @@ class Fused(nn.Module):
         for image, recipe in zip(images, recipes, strict=True):
             passes = recipe.passes
             if passes is None:
-                run = spec_of(image), params, recipe.exact
-                passes = (aside(self._run, *run) if modes() else self._run(*run)).done
+                passes = self._drawn(spec_of(image), recipe, params)
             x = image
             if isinstance(x, PIL.Image.Image):
                 x = F.pil_to_tensor(x)
@@ -174,7 +174,18 @@ class Fused(nn.Module):
         fixed = all(self._steps[i].fixed for i, _, _ in draws)
         if fixed and exact:
             passes = self._run(spec, None, True)
-        return _Recipe(draws, passes.done if fixed else None, exact, passes.result, passes.pil)
+        flips = all(self._steps[i].flips or self._steps[i].fixed for i, _, _ in draws)
+        done = passes.done if fixed else None
+        return _Recipe(draws, done, exact, passes.result, passes.pil, {} if flips else None)
+
+    def _drawn(self, spec: tuple, recipe: _Recipe, params: list[list]) -> list[Pass]:
+        run = spec, params, recipe.exact
+        if recipe.flipped is None or len(params[0]) != 1:
+            return (aside(self._run, *run) if modes() else self._run(*run)).done
+        drawn = tuple(param for (param,) in params)
+        if drawn not in recipe.flipped:
+            recipe.flipped[drawn] = aside(self._run, *run).done
+        return recipe.flipped[drawn]
 
     def _run(self, spec: tuple, params, exact: bool, draws: list | None = None) -> Passes:
         """The passes of images of this spec, with these parameters of the steps that draw; notes

@@ -155,7 +155,7 @@ def random_flip(axis: int) -> Callable:
         def draw(numbers, _height: int, _width: int) -> bool:  # float32 compares it with p
             return numbers.uniform(0, 1) < chance
 
-        return Step("", apply, draw)
+        return Step("", apply, draw, flips=True)
 
     return make
 

@@ -12,10 +12,11 @@ class NotFusable(ValueError):
 class Step:
     """apply(passes, params): params is what `draw` gave for each item, or None to learn of the
     sizes only. draw(numbers, height, width): the random parameters of one item, see `draws`.
-    sized: they depend on the image's size. fixed: they are always the same."""
+    sized: they depend on the image's size. flips: they are bools. fixed: always the same."""
 
     name: str
     apply: Callable
     draw: Callable | None = None
     sized: bool = False
+    flips: bool = False
     fixed: bool = False
