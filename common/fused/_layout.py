@@ -4,6 +4,7 @@ Bands, type and device, and kept with it."""
 import threading
 from functools import lru_cache
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -74,40 +75,36 @@ def adjoint(bands: Bands) -> Bands:
 
 
 def _pack(bands: Bands, wide: bool) -> Tensor:
+    # by numpy: of arrays as small as these it takes a third of torch's time
     variants, out = bands.first.shape
-    first, count, weight = bands.first, bands.count, bands.weight
+    first, count, weight = (x.numpy() for x in (bands.first, bands.count, bands.weight))
     if out % LANES:  # the lanes behind the last output pixel repeat it
-        taken = torch.arange(out + -out % LANES, device=CPU).clamp(max=out - 1)
+        taken = np.arange(out + -out % LANES).clip(max=out - 1)
         first, count, weight = (x[:, taken] for x in (first, count, weight))
-    groups, taps = -(-out // LANES), weight.shape[2]
-    # the lanes outermost: their loops over memory are long ones
-    first, count = (
-        x.to(torch.int32).view(variants, groups, 2, LANES // 2).movedim(-1, 0).contiguous()
-        for x in (first, count)
-    )
+    groups, half = -(-out // LANES), LANES // 2
+    first, count = (x.astype(np.int32).reshape(variants, groups, 2, half) for x in (first, count))
     empty = count == 0
-    low = first.masked_fill(empty, bands.size).amin(0)
-    high = (first + count).masked_fill_(empty, 0).amax(0)
-    low = low.minimum(high)
-    first = first.where(~empty, low)
+    low = np.where(empty, bands.size, first).min(-1)
+    high = np.where(empty, 0, first + count).max(-1)
+    low = np.minimum(low, high)
+    first = np.where(empty, low[..., None], first)
     # where neighbours are one pixel apart but for one step of two, from lane `late` on
-    apart = first - first[0]
-    way = (apart[-1] >= 0).to(torch.int32) * 2 - 1
-    lane = torch.arange(LANES // 2, dtype=torch.int32, device=CPU)
-    late = apart * way - lane[:, None, None, None]
-    regular = (late.diff(dim=0).amin(0) >= 0) & (late[-1] <= 1)
-    steps = (LANES // 2 - late.sum(0, dtype=torch.int32)).where(regular, 0)
-    spread, none = first.amax(0) - low, torch.zeros_like(low)
-    spans = low, high, count.amin(0), count.amax(0), spread, steps * way, none, none
-    rows = taps * (2 if wide else 1)
-    table = torch.empty(variants, groups, 3 + rows, LANES, dtype=torch.int32, device=CPU)
-    heads = first.movedim(0, -1), count.movedim(0, -1), torch.stack(spans, -1)
-    for row, part in enumerate(heads):
-        table[:, :, row] = part.flatten(2)
-    weights = table[:, :, 3:].view(torch.float64 if wide else torch.float32)
-    weights = weights.view(variants, groups, taps, LANES)
-    weights.copy_(weight.unflatten(1, (groups, LANES)).mT)
-    return table
+    apart = first - first[..., :1]
+    way = np.where(apart[..., -1] >= 0, 1, -1)
+    late = apart * way[..., None] - np.arange(half)
+    regular = (np.diff(late) >= 0).all(-1) & (late[..., -1] <= 1)
+    steps = np.where(regular, half - late.sum(-1), 0)
+    spans = low, high, count.min(-1), count.max(-1), first.max(-1) - low, steps * way
+    weight = weight.reshape(variants, groups, LANES, -1).swapaxes(2, 3)
+    weight = weight.astype(np.float64 if wide else np.float32, order="C").view(np.int32)
+    weight = weight.reshape(variants, groups, -1, LANES)
+    table = np.zeros((variants, groups, 3 + weight.shape[2], LANES), np.int32)
+    for row, part in enumerate((first, count)):
+        table[:, :, row] = part.reshape(variants, groups, LANES)
+    for place, part in enumerate(spans):
+        table[:, :, 2, place::half] = part
+    table[:, :, 3:] = weight
+    return torch.from_numpy(table)
 
 
 def _pack_bands(bands: Bands, wide: bool, device: torch.device) -> Tensor:
@@ -127,7 +124,7 @@ def _pack_axis(axis: Axis, wide: bool, device: torch.device) -> Tensor:
 def _moved(variants: list[Variant], starts: list[int], wide: bool) -> Tensor:
     table = torch.cat(_tables(variants, wide, CPU))
     if any(starts):
-        start = torch.tensor(starts, dtype=torch.int32, device=CPU)
+        start = torch.from_numpy(np.array(starts, np.int32))
         table[:, :, :3] += (start[:, None, None] * _PLACES)[:, None]
     return table
 
@@ -165,8 +162,9 @@ def _add(kept: dict, lengths: set[int], steps: Steps, wide: bool, device: torch.
         table = _pack(bands, wide)
         for length, part, taps in zip(some, table.split(1), bands.count.amax(1), strict=True):
             rows = 3 + max(int(taps), 1) * (2 if wide else 1)
-            # a copy: a part would keep the whole
-            _keep(kept, length, part[:, :, :rows].to(device).clone())
+            # a copy, as a part would keep the whole; and `to` last, which waits for the device: the
+            # next call may be on another stream
+            _keep(kept, length, part[:, :, :rows].clone().to(device))
 
 
 def _keep(kept: dict, key, table: Tensor) -> None:
@@ -179,7 +177,7 @@ def _keep(kept: dict, key, table: Tensor) -> None:
 
 def _sizes_tensor(*sizes: int) -> Tensor:
     # no aside where it is the larger part: nothing is derived from the sizes
-    return aside(_sizes_tensor, *sizes) if modes() else torch.tensor(sizes, device=CPU)
+    return aside(_sizes_tensor, *sizes) if modes() else torch.from_numpy(np.array(sizes, np.int64))
 
 
 sizes_tensor = lru_cache(maxsize=256)(_sizes_tensor)
