@@ -3,6 +3,7 @@
 import copy
 import pickle
 import random
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -158,6 +159,18 @@ def test_many_numbers_are_those_drawn_one_by_one(items, monkeypatch):
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def test_batches_of_several_threads_draw_no_number_twice():
+    steps = [(step, 99, 99) for step in steps_of([v2.RandomResizedCrop(9)])]
+    torch.manual_seed(0)
+    expected = [draws.draw_each(steps, 64) for _ in range(40)]
+    state = torch.get_rng_state()
+    torch.manual_seed(0)
+    with ThreadPoolExecutor(4) as pool:
+        actual = list(pool.map(lambda _: draws.draw_each(steps, 64), range(40)))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert sorted(map(repr, actual)) == sorted(map(repr, expected))
+
+
 @pytest.mark.parametrize(
     "weights",
     [
@@ -243,9 +256,9 @@ def test_module():
     floats(y).sum().backward()
     assert y.grad.abs().max() > 0
     many = fuse(v2.Resize((3, 3)))
-    for width in range(1, 100):
+    for width in range(1, 300):
         many(images(1, 2, width))
-    assert len(many._recipes) <= 64
+    assert len(many._recipes) <= 256
 
 
 class Samples(Dataset):

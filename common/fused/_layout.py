@@ -60,12 +60,10 @@ def packed(bands: Bands, wide: bool, device: torch.device) -> Tensor:
     their weights as the bits of float32; if wide of float64, in twice as many rows."""
     kept = bands.__dict__.setdefault("_packed", {})
     key = wide, device
-    table = kept.get(key)
-    if table is None:
+    if key not in kept:
         pack = _pack_axis if isinstance(bands, Axis) else _pack_bands
-        table = pack(bands, wide, device)
-        kept[key] = table
-    return table
+        kept[key] = pack(bands, wide, device)
+    return kept[key]
 
 
 def adjoint(bands: Bands) -> Bands:
@@ -77,7 +75,7 @@ def adjoint(bands: Bands) -> Bands:
 def _pack(bands: Bands, wide: bool) -> Tensor:
     # by numpy: of arrays as small as these it takes a third of torch's time
     variants, out = bands.first.shape
-    first, count, weight = (x.numpy() for x in (bands.first, bands.count, bands.weight))
+    first, count, weight = (x.numpy(force=True) for x in (bands.first, bands.count, bands.weight))
     if out % LANES:  # the lanes behind the last output pixel repeat it
         taken = np.arange(out + -out % LANES).clip(max=out - 1)
         first, count, weight = (x[:, taken] for x in (first, count, weight))
@@ -175,12 +173,9 @@ def _keep(kept: dict, key, table: Tensor) -> None:
         _used[0] = 0
 
 
-def _sizes_tensor(*sizes: int) -> Tensor:
-    # no aside where it is the larger part: nothing is derived from the sizes
-    return aside(_sizes_tensor, *sizes) if modes() else torch.from_numpy(np.array(sizes, np.int64))
-
-
-sizes_tensor = lru_cache(maxsize=256)(_sizes_tensor)
+def sizes_tensor(*sizes: int) -> Tensor:
+    # aside takes longer than this, and no derivative needs the sizes
+    return aside(sizes_tensor, *sizes) if modes() else torch.from_numpy(np.array(sizes, np.int64))
 
 
 class Plan:
@@ -190,8 +185,7 @@ class Plan:
         self.bands, self.wide, self.device = (rows, columns), wide, device
         self.tables = packed(rows, wide, device), packed(columns, wide, device)
         self.numbers = rows.size, columns.size, rows.out, columns.out
-        drawn = isinstance(rows, Axis)  # so its sizes hardly come again
-        self.sizes = (_sizes_tensor if drawn else sizes_tensor)(*self.numbers)
+        self.sizes = sizes_tensor(*self.numbers)
 
     def transposed(self) -> tuple[Tensor, Tensor]:
         return tuple(packed(adjoint(bands), self.wide, self.device) for bands in self.bands)

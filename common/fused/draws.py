@@ -20,7 +20,8 @@ def _new_lock() -> None:
     _lock = threading.Lock()
 
 
-os.register_at_fork(after_in_child=_new_lock)  # a thread of the parent may have held it
+if hasattr(os, "register_at_fork"):  # another thread of the parent may hold it
+    os.register_at_fork(after_in_child=_new_lock)
 
 
 def draw_each(steps: list[tuple[Step, int, int]], items: int) -> list[list]:

@@ -21,7 +21,7 @@ from .step import NotFusable, Step
 from .steps import steps_of
 
 __all__ = ["NotFusable", "fuse"]
-KEPT = 64  # image sizes whose passes a module keeps
+KEPT = 256  # image sizes whose passes a module keeps
 
 
 def fuse(chain) -> nn.Module:
