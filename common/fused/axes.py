@@ -21,7 +21,7 @@ class Axis(Bands):
     the same few hundred lengths."""
 
     def __init__(self, size: int, out: int, variants: list[Variant]) -> None:
-        vars(self).update(size=size, length=out, variants=variants)
+        vars(self).update(size=size, _out=out, variants=variants)
 
     @cached_property
     def _made(self) -> Bands:
@@ -34,7 +34,7 @@ class Axis(Bands):
     first = property(lambda self: self._made.first)
     count = property(lambda self: self._made.count)
     weight = property(lambda self: self._made.weight)
-    out = property(lambda self: self.length)
+    out = property(lambda self: self._out)
 
     def __len__(self) -> int:
         return len(self.variants)
