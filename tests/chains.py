@@ -49,8 +49,8 @@ def random_chain(rng, shape, dtype):
     uint8 in the result, or 0 where torchvision rounds no uint8 on the way."""
     channels, h, w = shape
 
-    def size():
-        return rng.choice([rng.randint(1, 40), rng.randint(1, 12), rng.randint(1, 120)])
+    def size():  # now and then that of the image, which torch does not resize
+        return rng.choice([rng.randint(1, 40), rng.randint(1, 12), rng.randint(1, 120), h, w])
 
     chain, rounded, scale = [], False, 1.0
     if rng.random() < 0.5:
@@ -129,7 +129,7 @@ def draw(i):
     if i % 100 == 0:
         shape = rng.choice([1, 3]), rng.randint(200, 500), rng.randint(200, 500)
     dtype = rng.choice([torch.uint8, torch.uint8, torch.float32, torch.float32, torch.float64])
-    batch = rng.choice([(), (1,), (3,)])
+    batch = rng.choice([(), (1,), (5,)])
     chain, level = random_chain(rng, shape, dtype)
     return chain, level, images(*batch, *shape, dtype=dtype, seed=i)
 

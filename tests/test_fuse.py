@@ -125,6 +125,46 @@ def test_the_box_of_a_crop_is_that_of_torchvision():
         assert torch.equal(torch.get_rng_state(), state)
 
 
+@pytest.mark.parametrize("size", [(32, 32), (32, 40), (40, 50)])
+@pytest.mark.parametrize(
+    "chain",
+    [
+        [v2.RandomResizedCrop(32, interpolation=InterpolationMode.BICUBIC)],
+        [v2.RandomResizedCrop(32), v2.Grayscale(3)],
+        [v2.Resize((32, 32)), v2.RandomResizedCrop(32)],
+        [v2.RandomHorizontalFlip(), v2.RandomResizedCrop(32)],
+        [v2.RandomHorizontalFlip(), v2.RandomCrop(30), v2.RandomVerticalFlip()],
+        [v2.RandomCrop(70, padding=31, padding_mode="reflect", pad_if_needed=True)],
+    ],
+)
+def test_random_crops_of_edges_and_of_the_images_own_size(chain, size):
+    """Edges of 0 and 255, where torch clamps between the axes of a bicubic resize."""
+    batch = images(5, 3, *size).where(images(5, 3, *size, seed=1) > 80, 0)
+    batch = channels_last(batch.where(batch < 160, 255))
+    torch.manual_seed(1)
+    expected = torch.stack([v2.Compose(chain)(x) for x in batch])
+    torch.manual_seed(1)
+    close(fuse(chain)(batch).float(), expected.float(), 1)
+    torch.manual_seed(1)
+    close(torch.stack([fuse(chain)(x) for x in batch]).float(), expected.float(), 1)
+
+
+def test_numbers_of_another_default_dtype():
+    batch = images(5, 3, 30, 40)
+    chain = v2.Compose([v2.RandomResizedCrop(16), v2.RandomHorizontalFlip()])
+    fuse(chain)(batch)
+    torch.set_default_dtype(torch.float64)
+    try:
+        torch.manual_seed(0)
+        expected = torch.stack([chain(x) for x in batch])
+        state = torch.get_rng_state()
+        torch.manual_seed(0)
+        close(fuse(chain)(batch).float(), expected.float(), 1)
+        assert torch.equal(torch.get_rng_state(), state)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 @pytest.mark.parametrize("size", [(32, 32), (20, 40)])
 @pytest.mark.parametrize("padding", [None, 4, [1, 2, 3, 4]])
 def test_the_place_of_a_crop_is_that_of_torchvision(padding, size):

@@ -46,6 +46,8 @@ def longer(variant: Variant, step: tuple, inside: bool, shared: dict) -> Variant
     start, length, steps = variant
     if inside and not steps:
         return start + step[1], step[2], steps
+    if inside and steps == (FLIP,):
+        return start + length - step[1] - step[2], step[2], steps
     more = shared.get((id(steps), step))
     if more is None:
         more = steps[:-1] if steps and step == FLIP == steps[-1] else (*steps, step)

@@ -79,7 +79,8 @@ def random_crop(transform) -> Step:
             [p[key] - pad for p in params or [{key: 0}]]
             for key, pad in (("top", top), ("left", left))
         )
-        passes.crop(tops, lefts, height, width, fill, mode)
+        # without parameters only the size counts
+        passes.crop(tops, lefts, height, width, fill, mode if params else "edge")
 
     if not set(transform._fill) <= {"others"}:
         raise NotFusable("its fill must be one for all kinds of images")
@@ -90,20 +91,21 @@ def _crop_maker(transform) -> Callable:
     """transform.make_params of RandomCrop, as far as its numbers go."""
 
     def draw(numbers, height: int, width: int) -> dict:
-        starts, pads = [], []
         left, right, top, bottom = transform.padding or [0] * 4
-        for size, before, after, out in (
-            (height, top, bottom, transform.size[0]),
-            (width, left, right, transform.size[1]),
-        ):
-            more = out - before - size - after
-            if more > 0 and not transform.pad_if_needed:
+        down, across = (
+            size - out for size, out in zip((height, width), transform.size, strict=True)
+        )
+        down, across = down + top + bottom, across + left + right  # how far the crop can move
+        if min(down, across) < 0:
+            if not transform.pad_if_needed:
                 transform.make_params([torch.empty(1, height, width, device="meta")])  # its error
-            more = max(more, 0)
-            padded = size + before + after + 2 * more
-            starts.append(numbers.below(padded - out + 1) if padded > out else 0)
-            pads.append(before + more)
-        return {"top": starts[0], "left": starts[1], "padding": pads[::-1]}
+            top, left = top + max(-down, 0), left + max(-across, 0)
+        down, across = abs(down), abs(across)  # as much padding on both sides
+        return {
+            "top": numbers.below(down + 1) if down else 0,
+            "left": numbers.below(across + 1) if across else 0,
+            "padding": [left, top],
+        }
 
     return draw
 
@@ -112,6 +114,11 @@ def random_resized_crop(transform) -> Step:
     mode, antialias = mode_of(transform.interpolation), bool(transform.antialias)
 
     def apply(passes: Passes, params) -> None:
+        if params and len(params) == 1:
+            box = params[0]
+            passes.crop([box["top"]], [box["left"]], box["height"], box["width"])
+            resize_to(passes, transform.size, mode, antialias)
+            return
         whole = {"top": 0, "left": 0, "height": passes.height, "width": passes.width}
         boxes = [[p[key] for p in params or [whole]] for key in whole]
         resize_to(passes, transform.size, mode, antialias, boxes=boxes)

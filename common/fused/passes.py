@@ -18,7 +18,7 @@ FLOOR, HALF_UP = -0.5 + 5e-5, 2e-5
 
 @dataclass(frozen=True, eq=False)
 class Pass:
-    """The arguments of one `separable_map`; box: the part of the images that it sees."""
+    """The arguments of one `apply_plan`; box: the part of the images that it sees."""
 
     rows: Axis
     columns: Axis
@@ -106,8 +106,11 @@ class Passes:
 
     def _blend(self, steps: dict[int, tuple], boxes=None) -> None:
         """For each axis a step that mixes pixels, those of a box for each item: what was clamped,
-        or what these would read beyond torch, is a pass of its own."""
-        if self.clamped or (self.sparse and any(self._gaps(*item) for item in steps.items())):
+        or what these would read beyond torch, is a pass of its own; and what boxes would make
+        another product for each item."""
+        gaps = self.sparse and any(self._gaps(*item) for item in steps.items())
+        mixed = any(before not in ((), (FLIP,)) for axis in self.axes for _, _, before in axis)
+        if self.clamped or gaps or (boxes is not None and mixed):
             self.finish(self.dtype)
         for axis, step in steps.items():
             if boxes is not None:
@@ -163,10 +166,6 @@ class Passes:
     def resize(self, height, width, mode, antialias, *, boxes=None, native=True) -> None:
         """boxes: lists of top, left, height and width: what to resize of each item. native: False
         where torchvision resizes uint8 as float32, rounded once."""
-        if boxes is not None and len(boxes[0]) == 1:
-            top, left, (down,), (across,) = boxes
-            self.crop(top, left, down, across)
-            boxes = None
         old, new = (self.height, self.width), (height, width)
         if boxes is None and old == new:
             return
@@ -181,7 +180,7 @@ class Passes:
         how = mode, antialias, dtype, self.channels, bits
         steps = {axis: ("resize", new[axis], *how) for axis in range(2)}
         if bits:
-            if old[0] != height and old[1] != width:
+            if boxes is not None or (old[0] != height and old[1] != width):
                 self._blend({1: steps.pop(1)}, boxes)  # torch resizes the rows first
                 self.width, self.half_up = width, True
                 self.finish(torch.uint8)
