@@ -11,8 +11,9 @@ import torch
 import torch.autograd.forward_ad as fwd
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, linearize, vjp, vmap
+from torchvision.transforms import v2
 
-from common.fused import Bands, separable_map
+from common.fused import Bands, fuse, separable_map
 from common.transforms import FusedTransform, fused_transform, matmul_transform
 from tests.runs import ROOT
 
@@ -158,6 +159,13 @@ def test_program_compiled_ahead_of_time(tmp_path):
     torch._inductor.aoti_compile_and_package(exported, package_path=path)
     compiled = torch._inductor.aoti_load_package(path)
     assert torch.equal(compiled(X.float()), Doubled()(X.float()))
+
+
+def test_compiled_call_on_a_sample():
+    chain, x = v2.Resize(9), torch.rand(3, 20, 31)
+    image, label = torch.compile(fuse(chain))((x, 1))
+    assert label == 1
+    assert torch.equal(image, fuse(chain)(x))
 
 
 def test_what_is_kept_serves_after_inference_mode_and_fakes():

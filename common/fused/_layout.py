@@ -1,5 +1,5 @@
 """Bands as the kernels take them: csrc/fused.h says how they lie in memory. Prepared once for each
-Bands, type and device, and kept with it."""
+Bands, type and device, and kept with it; those of an Axis once for each length."""
 
 import threading
 from functools import lru_cache
@@ -20,8 +20,8 @@ _used = [0]  # bytes
 
 
 def modes() -> bool:
-    """Whether a mode of this thread makes other tensors than plain ones: fake ones, or those of a
-    functorch level. Asked in each call, so in private names, which cost less."""
+    """Whether this thread is in a mode that makes other tensors, or computes otherwise: fake ones,
+    functorch's, a trace, autocast. Asked in each call, so in private names, which cost less."""
     return (
         torch._C._are_functorch_transforms_active()
         or torch._C._len_torch_dispatch_stack() > 0

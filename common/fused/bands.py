@@ -10,7 +10,6 @@ from functools import lru_cache, reduce
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from .banded import CPU, Bands, stack
 
@@ -34,12 +33,11 @@ def identity(size: int) -> Bands:
     return Bands(first, torch.ones_like(first), weight, size)
 
 
-def crop(size: int, start: int | Tensor, length: int, mode: str = "constant") -> Bands:
-    """length pixels from `start` on (an int, or int64 (V,)). Beyond the image, by torchvision's
-    padding modes: 0 ("constant"), its last pixel ("edge"), or the image mirrored at its last pixel
-    ("reflect") or behind it ("symmetric")."""
-    start = torch.as_tensor(start, device=CPU).view(-1, 1)
-    pixel = start + torch.arange(length, device=CPU)
+def crop(size: int, start: int, length: int, mode: str = "constant") -> Bands:
+    """length pixels from `start` on. Beyond the image, by torchvision's padding modes: 0
+    ("constant"), its last pixel ("edge"), or the image mirrored at its last pixel ("reflect") or
+    behind it ("symmetric")."""
+    pixel = start + torch.arange(length, device=CPU)[None]
     inside = (pixel >= 0) & (pixel < size)
     if mode == "constant":
         weight = inside.to(torch.float64)[..., None]

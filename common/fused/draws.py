@@ -12,7 +12,7 @@ from ._layout import modes
 from .bands import CPU
 from .step import Step
 
-_lock = threading.Lock()  # batches of two threads must not draw the same numbers
+_lock = threading.Lock()  # two threads that transform images must not draw the same numbers
 
 
 def _new_lock() -> None:
@@ -27,8 +27,11 @@ if hasattr(os, "register_at_fork"):  # another thread of the parent may hold it
 def draw_each(steps: list[tuple[Step, int, int]], items: int) -> list[list]:
     """For each step the parameters of each item. steps: the steps, and the height and width of the
     images that they see."""
-    if items < 4 or modes() or not _agree():
-        return _draw_each(steps, items, Numbers())
+    # of another default dtype torch draws otherwise
+    few = items < 4 or torch.get_default_dtype() != torch.float32
+    if few or modes() or not _agree():
+        with _lock:
+            return _draw_each(steps, items, Numbers())
     with _lock:
         numbers = ManyNumbers(6 * items)
         try:

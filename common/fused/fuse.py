@@ -86,14 +86,18 @@ class Fused(nn.Module):
         for (pil, _, dtype, shape), recipe in list(self._recipes.items())[-3:]:
             what = "PIL" if pil else str(dtype).removeprefix("torch.")
             passes = recipe.passes
-            how = "bands drawn for each call" if passes is None else " -> ".join(map(show, passes))
+            how = (
+                "bands drawn for each call"
+                if passes is None
+                else " -> ".join(aside(show, each) for each in passes)
+            )
             lines.append(f"{what} {'x'.join(map(str, shape))}: {how or 'unchanged'}")
         return "\n".join(lines)
 
     def forward(self, *inputs):
         sample = inputs if len(inputs) > 1 else inputs[0]
-        if torch.compiler.is_compiling() and isinstance(sample, Tensor):
-            return self._traced(sample)
+        if torch.compiler.is_compiling():
+            return self._traced(sample) if isinstance(sample, Tensor) else _eager(self, *inputs)
         if isinstance(sample, (Tensor, PIL.Image.Image)):
             return self._images([sample])[0]
         flat, spec = tree_flatten(sample)
@@ -205,6 +209,12 @@ class Fused(nn.Module):
 
 _keys = itertools.count()
 _modules: "weakref.WeakValueDictionary[int, Fused]" = weakref.WeakValueDictionary()
+
+
+@torch.compiler.disable
+def _eager(module: Fused, *inputs):
+    """torch.compile is not to compile how bands are computed, which would round otherwise."""
+    return module.forward(*inputs)
 
 
 @torch.compiler.assume_constant_result
