@@ -131,12 +131,12 @@ def test_quantized_weights_are_those_of_torchs_uint8(mode):
 def test_tables_that_are_kept_are_those_of_the_bands(wide, monkeypatch):
     """Of boxes: bit by bit, whether lengths are new, known, or were dropped for lack of room."""
     monkeypatch.setattr(_layout, "_kept", {})
-    monkeypatch.setattr(_layout, "_used", [0])
     generator = torch.Generator().manual_seed(0)
     resize = "resize", 20, "bicubic", True, torch.float64 if wide else torch.float32, 3, 0
     chains = (resize,), (resize, FLIP), (resize, ("crop", 2, 20, "edge"), FLIP)
     for longest, room in ((30, 2**24), (100, 2**24), (60, 2**24), (60, 2**13), (30, 2**24)):
         monkeypatch.setattr(_layout, "KEPT_BYTES", room)
+        monkeypatch.setattr(_layout, "_memory", _layout._Memory())
         lengths = torch.randint(1, longest, (12,), generator=generator).tolist()
         starts = torch.randint(0, 100, (12,), generator=generator).tolist()
         items = list(zip(starts, lengths, 4 * chains, strict=True))

@@ -12,7 +12,7 @@ from torchvision import models, tv_tensors
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as F
 
-from common.fused import draws, fuse
+from common.fused import _layout, draws, fuse
 from common.fused.draws import Numbers
 from common.fused.steps import steps_of
 from tests.chains import (
@@ -322,11 +322,15 @@ def test_workers(start):
     assert labels.tolist() == [0, 1, 2, 3]
 
 
-def test_export_and_compile():
+def test_export_and_compile(tmp_path):
     x = images(2, 3, 30, 40)
     fused = fuse(evaluation())
     program = torch.export.export(fused, (x,))
     assert torch.equal(program.module()(x), fused(x))
+    torch.export.save(program, tmp_path / "exported.pt2")
+    torch.jit.trace(fused, (x,)).save(tmp_path / "traced.pt")
+    sizes = {path.name: path.stat().st_size for path in tmp_path.iterdir()}
+    assert max(sizes.values()) < _layout.KEPT_BYTES / 8, f"with all that is kept: {sizes}"
     compiled = torch.compile(fuse([v2.Resize(9), F.vflip]), fullgraph=True, backend="aot_eager")
     for size in (12, 14, 17):
         y = torch.rand(2, 3, size, size, requires_grad=True)

@@ -1,6 +1,7 @@
 """Bands as the kernels take them: csrc/fused.h says how they lie in memory. Prepared once for each
 Bands, type and device, and kept with it; those of an Axis once for each length."""
 
+import os
 import threading
 from functools import lru_cache
 
@@ -16,7 +17,35 @@ LANES = 16  # csrc/fused.h: kLanes, kHalf, HalfGroup
 _PLACES = torch.tensor([[1] * 16, [0] * 16, 2 * [1, 1, *[0] * 6]], dtype=torch.int32, device=CPU)
 KEPT_BYTES = 2**25  # of _kept: 3,000 lengths that become 224 pixels
 _kept: dict[tuple, dict] = {}  # of (steps, wide, device): by length, the table of an axis
-_used = [0]  # bytes
+
+
+def fork_safe_lock() -> threading.Lock:
+    """One that is open in a child of fork, whichever thread of the parent held it."""
+    made = threading.Lock()
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=made._at_fork_reinit)
+    return made
+
+
+class _Memory:
+    """Of the kept tables, in one piece. Each by itself would be allocated in the hole that a result
+    has left, which then does not hold the next result: the system clears new pages for it."""
+
+    def __init__(self) -> None:
+        self.lock = fork_safe_lock()
+        self.left = torch.empty(0, dtype=torch.int32, device=CPU)
+
+    def copy(self, table: Tensor) -> Tensor:
+        with self.lock:
+            if table.numel() > len(self.left):
+                _kept.clear()
+                size = max(KEPT_BYTES // 4, table.numel())
+                self.left = torch.empty(size, dtype=torch.int32, device=CPU)
+            taken, self.left = self.left.tensor_split([table.numel()])
+        return taken.view(table.shape).copy_(table)
+
+
+_memory = _Memory()
 
 
 def modes() -> bool:
@@ -147,7 +176,7 @@ def _tables(variants: list[Variant], wide: bool, device: torch.device) -> list[T
             padded = kept[id(steps)].get((length, most))
             if padded is None:
                 padded = torch.nn.functional.pad(tables[i], (0, 0, 0, most - rows[i]))
-                _keep(kept[id(steps)], (length, most), padded)
+                kept[id(steps)][length, most] = padded = _memory.copy(padded)
             tables[i] = padded
     return tables
 
@@ -160,17 +189,8 @@ def _add(kept: dict, lengths: set[int], steps: Steps, wide: bool, device: torch.
         table = _pack(bands, wide)
         for length, part, taps in zip(some, table.split(1), bands.count.amax(1), strict=True):
             rows = 3 + max(int(taps), 1) * (2 if wide else 1)
-            # a copy, as a part would keep the whole; and `to` last, which waits for the device: the
-            # next call may be on another stream
-            _keep(kept, length, part[:, :, :rows].clone().to(device))
-
-
-def _keep(kept: dict, key, table: Tensor) -> None:
-    kept[key] = table
-    _used[0] += table.nbytes
-    if _used[0] > KEPT_BYTES:
-        _kept.clear()
-        _used[0] = 0
+            # `to` last, which waits for the device: the next call may be on another stream
+            kept[length] = _memory.copy(part[:, :, :rows]).to(device)
 
 
 def sizes_tensor(*sizes: int) -> Tensor:
@@ -189,6 +209,11 @@ class Plan:
 
     def transposed(self) -> tuple[Tensor, Tensor]:
         return tuple(packed(adjoint(bands), self.wide, self.device) for bands in self.bands)
+
+    def constants(self) -> list[Tensor]:
+        """The tables and the transposed ones for a program that will be saved: with memory of their
+        own, as all the memory that a tensor lies in is saved with it."""
+        return aside(lambda: [x.clone() for x in (*self.tables, *self.transposed())])
 
 
 @lru_cache(maxsize=64)

@@ -11,11 +11,11 @@ from .bands import CPU
 from .operator import affine
 
 # a step: ("scale", factors, shifts), ("gray", weights, copies) or ("clamp", low, high)
-Numbers = tuple[float, ...]
+Channels = tuple[float, ...]  # a number for each
 
 
 @lru_cache(maxsize=256)
-def product(channels: int, steps: tuple) -> tuple[tuple[Numbers, ...], Numbers, tuple | None]:
+def product(channels: int, steps: tuple) -> tuple[tuple[Channels, ...], Channels, tuple | None]:
     """mix (a tuple for each channel of the result), bias, and (low, high) of each channel or None,
     of these steps on an image of so many channels."""
     if not steps:

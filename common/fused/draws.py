@@ -1,27 +1,16 @@
 """Random numbers of torch's generator as a loop over images draws them: by one call of torch for
 each number, or for a batch many by one call."""
 
-import os
-import threading
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from ._layout import modes
+from ._layout import fork_safe_lock, modes
 from .bands import CPU
 from .step import Step
 
-_lock = threading.Lock()  # two threads that transform images must not draw the same numbers
-
-
-def _new_lock() -> None:
-    global _lock
-    _lock = threading.Lock()
-
-
-if hasattr(os, "register_at_fork"):  # another thread of the parent may hold it
-    os.register_at_fork(after_in_child=_new_lock)
+_lock = fork_safe_lock()  # two threads that transform images must not draw the same numbers
 
 
 def draw_each(steps: list[tuple[Step, int, int]], items: int) -> list[list]:
