@@ -94,11 +94,12 @@ def methods(images: Tensor, device: torch.device, nets: dict) -> list[Method]:
     """Everything that is compared on a device: each takes a batch of its source."""
     uint8 = images.to(device)
     x = data.to_float(uint8)
-    copied, out = torch.empty_like(x), x.new_empty(len(x), 1, 28, 28)
+    copies = {each.dtype: torch.empty_like(each) for each in (x, uint8)}
+    out = x.new_empty(len(x), 1, 28, 28)
     matrix = chain_matrix().to(device, torch.float32)
 
     def copying(batch: Tensor) -> Tensor:
-        return copied[: len(batch)].copy_(batch)
+        return copies[batch.dtype][: len(batch)].copy_(batch)
 
     def fused(batch: Tensor) -> Tensor:
         return fused_transform(batch, out=out[: len(batch)])
@@ -110,10 +111,11 @@ def methods(images: Tensor, device: torch.device, nets: dict) -> list[Method]:
         return reference_transform(batch[0])
 
     compiled = torch.compile(matmul_transform, dynamic=False)
-    copied_bytes, uint8_bytes = 8 * PIXELS, PIXELS + 4 * OUTPUTS
+    copied, uint8_bytes, note = 8 * PIXELS, PIXELS + 4 * OUTPUTS, "copy_ of the images"
     # name, source, step, kind, note, dtype, ...
     table = [
-        Method("copy", x, copying, "part", "copy_ of the images", bytes_moved=copied_bytes),
+        Method("copy", x, copying, "part", note, bytes_moved=copied),
+        Method("copy uint8", uint8, copying, "part", note, "uint8", copied // 4),
         Method("fused", x, fused, note="into out=", sweep=True),
         Method("fused uint8", uint8, fused, "chain", "into out=", "uint8", uint8_bytes),
         Method("matmul", x, matmul_transform, sweep=True),

@@ -7,7 +7,7 @@ a VGG16 perceptual loss.
     python train_cnn.py --perceptual           the perceptual loss at 224 px, meant for a GPU
     python train_cnn.py --perceptual --vgg-size 32 --train-size 5000       on a CPU
     python train_cnn.py --perceptual --compare runs/cnn/best.pt            another CNN beside it
-    python train_cnn.py --plain                without the CPU fast path (common/fast_cpu.py)
+    python train_cnn.py --plain                without fast_cpu.py's fast path, or torch.compile
     python train_cnn.py --resume               continue after Ctrl-C or a crash
 
 Expected on CIFAR-10: behind the fixed flip 99.9 % of the test images at a cosine similarity of
@@ -35,7 +35,7 @@ from common.data import load_data
 from common.early_stopping import EarlyStopping
 from common.evaluate import evaluate
 from common.models import ConvNet
-from common.perceptual import PerceptualLoss
+from common.perceptual import PerceptualLoss, compiled
 from common.report import write_report
 from common.run import Run
 
@@ -55,7 +55,9 @@ def main() -> None:
         "--vgg-size", type=cli.number(int, 32), default=224, help="pixels (default: 224)"
     )
     cli.choice(parser, "--flip", "learned", "fixed")
-    parser.add_argument("--plain", action="store_true", help="no CPU fast path (FAST_CPU=0)")
+    parser.add_argument(
+        "--plain", action="store_true", help="no fast path (FAST_CPU=0), no compilation"
+    )
     parser.add_argument(
         "--compare", type=cli.path, metavar="PATH", help="best.pt of another CNN, shown beside it"
     )
@@ -81,6 +83,8 @@ def main() -> None:
             PerceptualLoss(args.vgg_weights, args.vgg_size) if args.perceptual else nn.MSELoss()
         )
     loss_fn.to(device)
+    if args.perceptual and device.type == "cuda" and not args.plain:
+        loss_fn.distances = compiled(loss_fn.distances)  # a third of the time, in bfloat16
 
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, betas=(0.9, 0.95), fused=True)
     stopping = EarlyStopping(args.patience, args.min_delta, args.stop_rule)

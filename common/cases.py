@@ -102,7 +102,7 @@ def report_cases(images: Tensor, device: torch.device, table: list[Method]) -> I
             run, note = through_loader(lambda batch: batch), "the loader and the copy alone"
         elif name == "fused":
             run, note = through_loader(fused_transform), ""
-        elif name in ("fused uint8", "matmul", "matmul compiled", "gemm"):
+        elif name in ("copy uint8", "fused uint8", "matmul", "matmul compiled", "gemm"):
             continue  # the loader hides the difference
         skip, seconds = method.skip, method.cost * len(x)
         if not skip and seconds > PASS_LIMIT_S:

@@ -5,6 +5,8 @@
 phi_l is the output of layer l of torchvision's vgg16().features: a convolution, before its ReLU.
 """
 
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -52,7 +54,9 @@ class PerceptualLoss(nn.Module):
         with torch.no_grad():
             wanted = self.features(target)
         pairs = zip(self.features(output), wanted, strict=True)
-        return torch.stack([F.mse_loss(one, other) for one, other in pairs])
+        # channels last, as the maps are in memory: mse_loss's gradient is contiguous in this order
+        last = ((one.movedim(1, 3), other.movedim(1, 3)) for one, other in pairs)
+        return torch.stack([F.mse_loss(one, other) for one, other in last])
 
     def forward(self, output: Tensor, target: Tensor) -> Tensor:
         """output, target: (N, 1, H, W) float; target in [0, 1], output not clamped. Returns
@@ -74,3 +78,28 @@ class PerceptualLoss(nn.Module):
         terms = torch.cat([mse.detach()[None], distances.detach()])
         self.terms = dict(zip(("mse", *(f"vgg{i}" for i in LAYERS)), terms, strict=True))
         return mse + distances.sum()
+
+
+def compiled(distances: Callable, **options) -> Callable:
+    """`PerceptualLoss.distances` by torch.compile, in training steps of the largest batch so far.
+    An epoch has one smaller batch, and each size would be compiled for ten seconds, as would what
+    records no gradient. options: of torch.compile. Where it fails: a warning, the plain formula."""
+    fast = torch.compile(distances, dynamic=False, **options)
+    size = 0
+
+    def run(output: Tensor, target: Tensor) -> Tensor:
+        nonlocal fast, size
+        training = torch.is_grad_enabled()
+        size = max(size, len(output)) if training else size
+        if fast is None or not training or len(output) < size:
+            return distances(output, target)
+        try:
+            return fast(output, target)
+        except Exception as error:  # it raises many types
+            reason = " ".join(str(error).splitlines()[:2])
+            text = f"torch.compile failed, so the perceptual loss takes longer: {reason}"
+            warnings.warn(text, stacklevel=2)
+            fast = None
+            return distances(output, target)
+
+    return run

@@ -47,6 +47,7 @@ def write_report(run: Run, models: dict[str, nn.Module], loss_fn: nn.Module, dat
         "best_epoch": best_epoch,
         "stopped_early": run.stopped,
         "seconds": sum(line["seconds"] for line in run.history),
+        "epoch_seconds": [line["seconds"] for line in run.history],
         "seconds_to_98": run.seconds_to_98,
         "test": scores.pop(label),
         "floor": metrics.floor(data.train.targets, data.test.targets),

@@ -56,7 +56,7 @@ jobs="
 0.5 cnn                     train_cnn.py
 0.5 cnn-fixed               train_cnn.py --flip fixed
 3.5 bench                   bench.py --runs 30 --device cuda --fc $folder/fc/best.pt --cnn $folder/cnn-fixed/best.pt
-1.2 cnn-perceptual          train_cnn.py --perceptual --epochs 1 --precision bf16
+1.3 cnn-fixed-perceptual    train_cnn.py --flip fixed --perceptual --precision bf16 --compare $folder/cnn-fixed/best.pt
 "
 
 left() { # minutes of the jobs that are not complete

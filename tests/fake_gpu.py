@@ -58,6 +58,7 @@ def fake_cuda():
     of one, is an error."""
     with pytest.MonkeyPatch.context() as patch, FakeTensorMode() as mode:
         patch.setattr(torch.cuda, "Event", Event)
+        patch.setattr(torch, "compile", lambda function, **options: function)
         patch.setattr(torch.cuda, "synchronize", synchronize)
         patch.setattr(torch.cuda, "is_bf16_supported", lambda *args: True)
         patch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)

@@ -27,6 +27,7 @@ NAMES = {
         "fused",
         "fused uint8",
         "copy",
+        "copy uint8",
         "fc",
         "fc bf16",
         "linear",

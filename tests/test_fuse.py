@@ -301,6 +301,22 @@ def test_module():
     assert len(many._recipes) <= 256
 
 
+def test_gradient_after_crops_of_other_lengths():
+    """The bands that a graph holds stay as they are when more are kept."""
+    chain = v2.RandomResizedCrop(24)
+    torch.manual_seed(0)
+    x = images(3, 61, 73, dtype=torch.float32)
+    grads = []
+    for each in (chain, fuse(chain)):
+        torch.manual_seed(1)
+        leaf = x.clone().requires_grad_()
+        result = each(leaf).square().sum()
+        fuse(chain)(images(9, 3, 67, 79))
+        result.backward()
+        grads.append(leaf.grad)
+    assert torch.allclose(*grads, rtol=0, atol=1e-5)
+
+
 class Samples(Dataset):
     def __init__(self, transform):
         self.transform = transform

@@ -14,7 +14,7 @@ from torchvision.transforms.v2.functional import normalize
 
 from common import fast_cpu, fast_kernels
 from common.fast_kernels import run_vgg
-from common.perceptual import PerceptualLoss
+from common.perceptual import PerceptualLoss, compiled
 from common.vgg16 import load_vgg16
 from tests.nets import fast_wherever_possible  # noqa: F401
 
@@ -309,3 +309,38 @@ def test_needs_two_gray_batches_of_one_shape():
             loss_of("random")(gray, other)
     with pytest.raises(ValueError, match="N, 1, H, W"):
         loss_of("random")(gray[:, 0], gray[:, 0])
+
+
+def test_compiled_distances_are_the_plain_ones(monkeypatch):
+    """In training steps of the largest batch so far; all else runs the plain formula."""
+    fast_cpu.enable(False)
+    plain, loss, calls = small_loss(), small_loss(), []
+
+    def backend(graph, inputs):
+        return lambda *arguments: calls.append(1) or graph(*arguments)
+
+    loss.distances = compiled(loss.distances, backend=backend)
+    for count, called in ((2, 1), (3, 2), (2, 2), (3, 3)):
+        results = []
+        for each in (plain, loss):
+            output, target = (x[:count].clone() for x in images())
+            each(output.requires_grad_(), target).backward()
+            results.append((output.grad, *each.terms.values()))
+        assert all(map(torch.equal, *results))
+        assert len(calls) == called
+    with torch.inference_mode():
+        assert torch.equal(plain(*images()), loss(*images()))
+    assert len(calls) == 3
+
+
+def test_a_failed_compilation_warns_and_runs_the_plain_formula():
+    fast_cpu.enable(False)
+
+    def backend(graph, inputs):
+        raise RuntimeError("no compiler\nand more")
+
+    loss = small_loss()
+    loss.distances = compiled(loss.distances, backend=backend)
+    with pytest.warns(UserWarning, match="torch.compile failed.*no compiler"):
+        actual = loss(images()[0].clone().requires_grad_(), images()[1])
+    assert torch.equal(actual, small_loss()(*images()))

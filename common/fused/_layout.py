@@ -33,16 +33,19 @@ class _Memory:
 
     def __init__(self) -> None:
         self.lock = fork_safe_lock()
-        self.left = torch.empty(0, dtype=torch.int32, device=CPU)
+        self.left = np.empty(0, np.int32)
 
     def copy(self, table: Tensor) -> Tensor:
+        size = table.numel()
         with self.lock:
-            if table.numel() > len(self.left):
+            if size > len(self.left):
                 _kept.clear()
-                size = max(KEPT_BYTES // 4, table.numel())
-                self.left = torch.empty(size, dtype=torch.int32, device=CPU)
-            taken, self.left = self.left.tensor_split([table.numel()])
-        return taken.view(table.shape).copy_(table)
+                room = max(KEPT_BYTES // 4, size)  # of torch, as its memory is aligned
+                self.left = torch.empty(room, dtype=torch.int32, device=CPU).numpy()
+            taken, self.left = self.left[:size], self.left[size:]
+        # no views of one tensor: what changes one would count as a change of all, and a program
+        # that is saved would hold all
+        return torch.from_numpy(taken).view(table.shape).copy_(table)
 
 
 _memory = _Memory()
@@ -209,11 +212,6 @@ class Plan:
 
     def transposed(self) -> tuple[Tensor, Tensor]:
         return tuple(packed(adjoint(bands), self.wide, self.device) for bands in self.bands)
-
-    def constants(self) -> list[Tensor]:
-        """The tables and the transposed ones for a program that will be saved: with memory of their
-        own, as all the memory that a tensor lies in is saved with it."""
-        return aside(lambda: [x.clone() for x in (*self.tables, *self.transposed())])
 
 
 @lru_cache(maxsize=64)

@@ -240,5 +240,5 @@ def _constants_of(passes: list[Pass], dtype: torch.dtype) -> list[tuple]:
                 clamp = table[:, 1:].to(dtype).T[..., None, None].unbind()
             table = affine(len(table), table[:, 0])
         arguments = each.mix, table, None, None, *sizes, dtype
-        constants.append((each.box, clamp, plan.constants(), arguments))
+        constants.append((each.box, clamp, (*plan.tables, *plan.transposed()), arguments))
     return constants

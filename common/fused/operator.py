@@ -192,8 +192,7 @@ def apply_plan(images, plan, mix, affine, row_index, column_index, dtype, out) -
             return out
         if _is_plain(images):
             return _ops.forward(images, *plan.tables, mix, plan.sizes, *options)
-        tracing = torch._C._get_tracing_state() is not None
-        tables = plan.constants() if tracing else (*plan.tables, *plan.transposed())
+        tables = *plan.tables, *plan.transposed()
         return _apply_recorded(images, tables, mix, plan.numbers, *options)
     except NotImplementedError as error:
         raise _checks.no_kernel(images) or error from error
@@ -238,10 +237,12 @@ def _sizes_table(*sizes: int) -> Tensor:
 def _chain_tables(*arguments) -> tuple[Tensor, ...]:
     """For torch.compile, which runs this when it traces a call: the bands are constants."""
     _ops.load()
-    return tuple(chain_plan(*arguments).constants())
+    plan = chain_plan(*arguments)
+    return *plan.tables, *plan.transposed()
 
 
 @torch.compiler.assume_constant_result
 def _map_tables(rows: Bands, columns: Bands, wide: bool, device) -> tuple[Tensor, ...]:
     _ops.load()
-    return tuple(Plan(rows, columns, wide, device).constants())
+    plan = Plan(rows, columns, wide, device)
+    return *plan.tables, *plan.transposed()
