@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from common import UserError, checkpoints, cli, data, distributed, photos, report, tables
+from common import UserError, checkpoints, cli, data, distributed, photos, report, tables, timing
 from common.cases import Method, against, assess, peer_cases, report_cases, sweep, tensor_cases
 from common.models import ConvNet, FullyConnected, Linear, Separable, chain_matrix
 from common.timing import BATCHED, SEQUENTIAL, add_ratios, check, keep_memory, measure, summary
@@ -188,4 +188,5 @@ def flags() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
+    timing.restart()
     cli.run(main)

@@ -144,6 +144,7 @@ def hardware() -> dict[str, Any]:
         "instruction_sets": [name for flag, name in INSTRUCTION_SETS.items() if flag in flags],
         "caches": caches,
         "memory_gb": memory,
+        "glibc_tunables": os.environ.get("GLIBC_TUNABLES"),
         "driver": _driver(),
     }
 

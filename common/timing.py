@@ -4,7 +4,9 @@ interquartile range. On a GPU, device time between two events behind a flushed L
 
 import ctypes
 import gc
+import os
 import statistics
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -224,6 +226,15 @@ def add_ratios(rows: list[dict], batched: str = BATCHED, sequential: str = SEQUE
         rates = [r["bytes_moved"] / r["median_s"] for r in copies if r["device"] == row["device"]]
         if row["bytes_moved"] and rates:
             row["share_of_copy"] = row["bytes_moved"] / row["median_s"] / max(rates)
+
+
+def restart() -> None:
+    """Starts Python anew, once, with a setting that glibc reads at its start: no cache of small
+    blocks for each thread. A block in it splits the memory that a result has left, so the next
+    result takes new memory and the system clears its pages, now and then: a row has two medians."""
+    if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
+        os.environ["GLIBC_TUNABLES"] = "glibc.malloc.tcache_count=0"
+        os.execv(sys.executable, sys.orig_argv)
 
 
 def keep_memory() -> None:

@@ -131,6 +131,7 @@ def test_quantized_weights_are_those_of_torchs_uint8(mode):
 def test_tables_that_are_kept_are_those_of_the_bands(wide, monkeypatch):
     """Of boxes: bit by bit, whether lengths are new, known, or were dropped for lack of room."""
     monkeypatch.setattr(_layout, "_kept", {})
+    monkeypatch.setattr(_layout, "_places", {})
     generator = torch.Generator().manual_seed(0)
     resize = "resize", 20, "bicubic", True, torch.float64 if wide else torch.float32, 3, 0
     chains = (resize,), (resize, FLIP), (resize, ("crop", 2, 20, "edge"), FLIP)

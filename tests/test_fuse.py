@@ -343,10 +343,8 @@ def test_export_and_compile(tmp_path):
     fused = fuse(evaluation())
     program = torch.export.export(fused, (x,))
     assert torch.equal(program.module()(x), fused(x))
-    torch.export.save(program, tmp_path / "exported.pt2")
-    torch.jit.trace(fused, (x,)).save(tmp_path / "traced.pt")
-    sizes = {path.name: path.stat().st_size for path in tmp_path.iterdir()}
-    assert max(sizes.values()) < _layout.KEPT_BYTES / 8, f"with all that is kept: {sizes}"
+    torch.export.save(program, tmp_path / "saved.pt2")
+    assert (tmp_path / "saved.pt2").stat().st_size < _layout.KEPT_BYTES / 8, "all that is kept"
     compiled = torch.compile(fuse([v2.Resize(9), F.vflip]), fullgraph=True, backend="aot_eager")
     for size in (12, 14, 17):
         y = torch.rand(2, 3, size, size, requires_grad=True)

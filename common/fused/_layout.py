@@ -14,9 +14,10 @@ from .bands import CPU, Bands, resize, stack
 
 LANES = 16  # csrc/fused.h: kLanes, kHalf, HalfGroup
 # of a group's first three rows, what says where pixels lie: first, and low and high of each half
-_PLACES = torch.tensor([[1] * 16, [0] * 16, 2 * [1, 1, *[0] * 6]], dtype=torch.int32, device=CPU)
-KEPT_BYTES = 2**25  # of _kept: 3,000 lengths that become 224 pixels
-_kept: dict[tuple, dict] = {}  # of (steps, wide, device): by length, the table of an axis
+_SHIFTED = np.array([[1] * 16, [0] * 16, 2 * [1, 1, *[0] * 6]], np.int32)
+KEPT_BYTES = 2**25  # of _memory: 3,000 lengths that become 224 pixels
+_places: dict[tuple, dict] = {}  # of (steps, wide): by length, where the table lies in _memory
+_kept: dict[tuple, dict] = {}  # of (steps, wide, device): the same as tensors, of single variants
 
 
 def fork_safe_lock() -> threading.Lock:
@@ -28,24 +29,28 @@ def fork_safe_lock() -> threading.Lock:
 
 
 class _Memory:
-    """Of the kept tables, in one piece. Each by itself would be allocated in the hole that a result
-    has left, which then does not hold the next result: the system clears new pages for it."""
+    """Of the kept tables, in one piece. Each by itself, or a tensor for each, would be allocated in
+    the hole that a result has left, which then does not hold the next result: the system clears new
+    pages for it."""
 
     def __init__(self) -> None:
         self.lock = fork_safe_lock()
-        self.left = np.empty(0, np.int32)
+        self.left = np.empty(0, np.int32), 0, 0  # and where the free part begins and ends
 
-    def copy(self, table: Tensor) -> Tensor:
-        size = table.numel()
+    def keep(self, table: np.ndarray) -> tuple[np.ndarray, int, int]:
+        """Copies the table; returns the memory, and from where to where it lies there."""
         with self.lock:
-            if size > len(self.left):
+            memory, start, end = self.left
+            if start + table.size > end:
+                _places.clear()
                 _kept.clear()
-                room = max(KEPT_BYTES // 4, size)  # of torch, as its memory is aligned
-                self.left = torch.empty(room, dtype=torch.int32, device=CPU).numpy()
-            taken, self.left = self.left[:size], self.left[size:]
-        # no views of one tensor: what changes one would count as a change of all, and a program
-        # that is saved would hold all
-        return torch.from_numpy(taken).view(table.shape).copy_(table)
+                end = max(KEPT_BYTES // 4, table.size)  # of torch, as its memory is aligned
+                memory = torch.empty(end, dtype=torch.int32, device=CPU).numpy()
+                start = 0
+            stop = start + table.size
+            self.left = memory, stop, end
+        memory[start:stop] = table.ravel()
+        return memory, start, stop
 
 
 _memory = _Memory()
@@ -143,57 +148,63 @@ def _pack_bands(bands: Bands, wide: bool, device: torch.device) -> Tensor:
 
 def _pack_axis(axis: Axis, wide: bool, device: torch.device) -> Tensor:
     """The same, made of the tables of the axis' lengths, moved to where its variants start."""
-    starts = [start for start, _, _ in axis.variants]
-    if starts == [0]:
-        ((_, length, steps),) = axis.variants
-        table = _kept.get((steps, wide, device), {}).get(length)
-        return _tables(axis.variants, wide, device)[0] if table is None else table
-    return aside(_moved, axis.variants, starts, wide).to(device)
-
-
-def _moved(variants: list[Variant], starts: list[int], wide: bool) -> Tensor:
-    table = torch.cat(_tables(variants, wide, CPU))
-    if any(starts):
-        start = torch.from_numpy(np.array(starts, np.int32))
-        table[:, :, :3] += (start[:, None, None] * _PLACES)[:, None]
+    (start, length, steps), *more = axis.variants
+    if start or more:
+        return aside(_moved, axis, wide).to(device)
+    kept = _kept.setdefault((steps, wide, device), {})
+    table = kept.get(length)
+    if table is None:
+        table = kept[length] = aside(_single, axis, wide, device)
     return table
 
 
-def _tables(variants: list[Variant], wide: bool, device: torch.device) -> list[Tensor]:
-    """The table of each variant as it were at 0, all with room for the same number of taps."""
-    kept = {}  # by the steps' id, as the few that there are take long to hash
+def _single(axis: Axis, wide: bool, device: torch.device) -> Tensor:
+    (place,) = _places_of(axis.variants, wide)
+    # `to` waits for the device: the next call may be on another stream
+    return torch.from_numpy(_at(place, axis)[None]).to(device)
+
+
+def _moved(axis: Axis, wide: bool) -> Tensor:
+    parts = [_at(place, axis) for place in _places_of(axis.variants, wide)]
+    most = max(part.shape[1] for part in parts)
+    table = np.zeros((len(parts), parts[0].shape[0], most, LANES), np.int32)
+    for part, room in zip(parts, table, strict=True):
+        room[:, : part.shape[1]] = part
+    starts = np.array([start for start, _, _ in axis.variants], np.int32)
+    table[:, :, :3] += (starts[:, None, None] * _SHIFTED)[:, None]
+    return torch.from_numpy(table)
+
+
+def _at(place: tuple[np.ndarray, int, int], axis: Axis) -> np.ndarray:
+    """The table there: (groups, 3 + taps, LANES)."""
+    memory, start, stop = place
+    return memory[start:stop].reshape(-(-axis.out // LANES), -1, LANES)
+
+
+def _places_of(variants: list[Variant], wide: bool) -> list[tuple[np.ndarray, int, int]]:
+    """Where the table of each variant is, as it were at 0."""
+    places = {}  # by the steps' id, as the few that there are take long to hash
     for _, _, steps in variants:
-        if id(steps) not in kept:
-            kept[id(steps)] = _kept.setdefault((steps, wide, device), {})
+        if id(steps) not in places:
+            places[id(steps)] = _places.setdefault((steps, wide), {})
     try:
-        tables = [kept[id(steps)][length] for _, length, steps in variants]
+        return [places[id(steps)][length] for _, length, steps in variants]
     except KeyError:
         for steps in {id(steps): steps for _, _, steps in variants}.values():
             lengths = {length for _, length, each in variants if each is steps}
-            aside(_add, kept[id(steps)], lengths.difference(kept[id(steps)]), steps, wide, device)
-        tables = [kept[id(steps)][length] for _, length, steps in variants]
-    rows = [table.shape[2] for table in tables]
-    most = max(rows)
-    for i, (_, length, steps) in enumerate(variants):
-        if rows[i] < most:
-            padded = kept[id(steps)].get((length, most))
-            if padded is None:
-                padded = torch.nn.functional.pad(tables[i], (0, 0, 0, most - rows[i]))
-                kept[id(steps)][length, most] = padded = _memory.copy(padded)
-            tables[i] = padded
-    return tables
+            _add(places[id(steps)], lengths.difference(places[id(steps)]), steps, wide)
+        return [places[id(steps)][length] for _, length, steps in variants]
 
 
-def _add(kept: dict, lengths: set[int], steps: Steps, wide: bool, device: torch.device) -> None:
+def _add(places: dict, lengths: set[int], steps: Steps, wide: bool) -> None:
     """The tables of these lengths."""
     together = steps and steps[0][0] == "resize"
     for some in [list(lengths)] if together and lengths else [[length] for length in lengths]:
         bands = each_bands_of(some, steps)
-        table = _pack(bands, wide)
-        for length, part, taps in zip(some, table.split(1), bands.count.amax(1), strict=True):
+        table = _pack(bands, wide).numpy()
+        for length, part, taps in zip(some, table, bands.count.amax(1), strict=True):
             rows = 3 + max(int(taps), 1) * (2 if wide else 1)
-            # `to` last, which waits for the device: the next call may be on another stream
-            kept[length] = _memory.copy(part[:, :, :rows]).to(device)
+            places[length] = _memory.keep(part[:, :rows])
 
 
 def sizes_tensor(*sizes: int) -> Tensor:
