@@ -12,8 +12,8 @@ a VGG16 perceptual loss.
 
 Expected on CIFAR-10: behind the fixed flip 99.9 % of the test images at a cosine similarity of
 0.95; with learned flips about 30 %, where a constant gray image has 33 % (results/README.md). An
-epoch of 45,000 images takes three to six minutes on two CPU cores, two seconds on an H100; with the
-perceptual loss at 224 px it is meant for a GPU.
+epoch of 45,000 images takes three to six minutes on two CPU cores, two seconds on an H200; with the
+perceptual loss at 224 px in bfloat16 there 12 seconds, the first, which compiles, 31.
 """
 
 if __name__ == "__main__":  # Ctrl-C during the imports ends the script without a traceback
@@ -84,7 +84,7 @@ def main() -> None:
         )
     loss_fn.to(device)
     if args.perceptual and device.type == "cuda" and not args.plain:
-        loss_fn.distances = compiled(loss_fn.distances)  # a third of the time, in bfloat16
+        loss_fn.distances = compiled(loss_fn.distances)  # 16 ms a step for 40 on an H200, bf16
 
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, betas=(0.9, 0.95), fused=True)
     stopping = EarlyStopping(args.patience, args.min_delta, args.stop_rule)
