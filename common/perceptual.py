@@ -82,8 +82,9 @@ class PerceptualLoss(nn.Module):
 
 def compiled(distances: Callable, **options) -> Callable:
     """`PerceptualLoss.distances` by torch.compile, in training steps of the largest batch so far.
-    An epoch has one smaller batch, and each size would be compiled for ten seconds, as would what
-    records no gradient. options: of torch.compile. Where it fails: a warning, the plain formula."""
+    Smaller batches and calls without gradients run the plain formula: there are few, and each would
+    be compiled anew for 10 to 20 s. options: of torch.compile. Where the first call fails, all run
+    the plain formula, after a warning."""
     fast = torch.compile(distances, dynamic=False, **options)
     size = 0
 
@@ -95,11 +96,12 @@ def compiled(distances: Callable, **options) -> Callable:
             return distances(output, target)
         try:
             return fast(output, target)
+        except torch.OutOfMemoryError:
+            raise
         except Exception as error:  # it raises many types
-            reason = " ".join(str(error).splitlines()[:2])
-            text = f"torch.compile failed, so the perceptual loss takes longer: {reason}"
-            warnings.warn(text, stacklevel=2)
-            fast = None
-            return distances(output, target)
+            fast, reason = None, " ".join(str(error).splitlines()[:2])
+        text = f"torch.compile failed, so the perceptual loss takes longer: {reason}"
+        warnings.warn(text, stacklevel=2)
+        return distances(output, target)
 
     return run

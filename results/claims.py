@@ -183,8 +183,8 @@ def claims() -> str:
             f"{seconds(epoch)} at {there_both['args']['vgg_size']} px on an {card}; "
             f"{rate:.0f} images/s at {both['args']['vgg_size']} px on this CPU",
             f"`{command(there_both)}`, `{command(both)}`",
-            f"{3000 / epoch:.0f} times as fast there, in bfloat16; the first epoch, in which "
-            f"torch.compile works, takes {seconds(first)}",
+            f"{3000 / epoch:.0f} times as fast there, in {there_both['args']['precision']}; the "
+            f"first epoch, in which torch.compile works, takes {seconds(first)}",
         ),
         (
             "2: the perceptual loss is much stronger",
@@ -192,7 +192,8 @@ def claims() -> str:
             f"on a GPU: {beside_mse(there_both)[0]}. On this CPU: {beside_mse(both)[0]}",
             f"`{command(there_both)}`, `{command(both)}`",
             f"on a GPU {beside_mse(there_both)[1]}; on this CPU {beside_mse(both)[1]}. All behind "
-            "the fixed flip; each pair on the same images, on the GPU MSE alone in float32",
+            "the fixed flip, each pair trained on the same images, on the GPU in "
+            f"{there_both['args']['precision']}, MSE alone in {flipped['args']['precision']}",
         ),
     ]
     return lines(["claim", "report", "here", "command", "verdict"], *map(list, rows))

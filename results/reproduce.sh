@@ -3,7 +3,7 @@
 #
 #     bash results/reproduce.sh            about 70 minutes on two cores with AVX2
 #     bash results/reproduce.sh --quick    the same on few images, in minutes; results/ is not touched
-#     bash results/reproduce.sh --gpu      what needs a GPU; about 6 minutes on an H100
+#     bash results/reproduce.sh --gpu      what needs a GPU; about 7 minutes on an H200
 #
 # Each run's folder lies in runs/reproduce-CODE/, by a digest of the code. What is complete there is
 # not made again, and an interrupted run is resumed, so the same command continues. CNN runs on fewer
@@ -56,7 +56,7 @@ jobs="
 0.5 cnn                     train_cnn.py
 0.5 cnn-fixed               train_cnn.py --flip fixed
 3.5 bench                   bench.py --runs 30 --device cuda --fc $folder/fc/best.pt --cnn $folder/cnn-fixed/best.pt
-1.3 cnn-fixed-perceptual    train_cnn.py --flip fixed --perceptual --precision bf16 --compare $folder/cnn-fixed/best.pt
+1.8 cnn-fixed-perceptual    train_cnn.py --flip fixed --perceptual --precision bf16 --compare $folder/cnn-fixed/best.pt
 "
 
 left() { # minutes of the jobs that are not complete

@@ -29,9 +29,8 @@ def fork_safe_lock() -> threading.Lock:
 
 
 class _Memory:
-    """Of the kept tables, in one piece. Each by itself, or a tensor for each, would be allocated in
-    the hole that a result has left, which then does not hold the next result: the system clears new
-    pages for it."""
+    """Holds the kept tables in one piece. Each by itself would be allocated in the hole that a
+    result has left. The next result would not fit there, and the system clears new pages for it."""
 
     def __init__(self) -> None:
         self.lock = fork_safe_lock()
@@ -44,9 +43,8 @@ class _Memory:
             if start + table.size > end:
                 _places.clear()
                 _kept.clear()
-                end = max(KEPT_BYTES // 4, table.size)  # of torch, as its memory is aligned
-                memory = torch.empty(end, dtype=torch.int32, device=CPU).numpy()
-                start = 0
+                start, end = 0, max(KEPT_BYTES // 4, table.size)
+                memory = np.empty(end, np.int32)
             stop = start + table.size
             self.left = memory, stop, end
         memory[start:stop] = table.ravel()
@@ -160,19 +158,22 @@ def _pack_axis(axis: Axis, wide: bool, device: torch.device) -> Tensor:
 
 def _single(axis: Axis, wide: bool, device: torch.device) -> Tensor:
     (place,) = _places_of(axis.variants, wide)
-    # `to` waits for the device: the next call may be on another stream
-    return torch.from_numpy(_at(place, axis)[None]).to(device)
+    # a copy, as a part would keep all of the memory; and `to` last, which waits for the device: the
+    # next call may be on another stream
+    return torch.from_numpy(_at(place, axis)[None]).clone().to(device)
 
 
 def _moved(axis: Axis, wide: bool) -> Tensor:
     parts = [_at(place, axis) for place in _places_of(axis.variants, wide)]
     most = max(part.shape[1] for part in parts)
-    table = np.zeros((len(parts), parts[0].shape[0], most, LANES), np.int32)
-    for part, room in zip(parts, table, strict=True):
+    shape = len(parts), parts[0].shape[0], most, LANES
+    table = torch.zeros(shape, dtype=torch.int32, device=CPU)
+    rooms = table.numpy()  # by numpy, as such small parts take torch longer
+    for part, room in zip(parts, rooms, strict=True):
         room[:, : part.shape[1]] = part
     starts = np.array([start for start, _, _ in axis.variants], np.int32)
-    table[:, :, :3] += (starts[:, None, None] * _SHIFTED)[:, None]
-    return torch.from_numpy(table)
+    rooms[:, :, :3] += (starts[:, None, None] * _SHIFTED)[:, None]
+    return table
 
 
 def _at(place: tuple[np.ndarray, int, int], axis: Axis) -> np.ndarray:
