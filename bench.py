@@ -15,7 +15,8 @@ photographs for the chains of ImageNet ("chains").
 How it times (common/timing.py): a row is bounded before it starts, by the time of a few images; its
 result is compared with torchvision's; the rows run interleaved; the table has the median and the
 interquartile range. A row that takes long makes fewer passes, or takes fewer images; one that would
-take minutes is skipped, and so is bfloat16 where the processor emulates it.
+take minutes is skipped, and so is bfloat16 where the processor emulates it. On Linux the script
+starts Python anew, with a setting of glibc (`timing.restart`).
 
 Leaves bench-MACHINE.json, the tables as Markdown, and three charts in --out. Fewer runs or images
 than the defaults are marked. About 10 minutes on two CPU cores with AVX2.
