@@ -2,6 +2,9 @@
 
 import gc
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,7 +20,7 @@ from common.peers import Peer
 from common.timing import BATCHED, SEQUENTIAL, Case, Timing
 from common.transforms import reference_transform
 from tests.manual import compare_bench
-from tests.runs import refused, run_script
+from tests.runs import ROOT, refused, run_script
 
 NATIVE = cases.native_bfloat16  # what `quick` replaces
 FEW = ["--data", "synthetic", "--images", 20, "--batch-size", 10, "--device", "cpu"]
@@ -512,3 +515,24 @@ def test_charts(tmp_path, monkeypatch):
 )
 def test_invalid_flags_exit_2_with_one_line(capsys, flags, words):
     assert words in refused(capsys, bench, *FEW, *flags, "--out", "out")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's settings")
+@pytest.mark.parametrize("given", [None, ""], ids=["unset", "set by the user"])
+def test_python_starts_anew_once(given, tmp_path):
+    code = """
+import os, sys
+print("started", flush=True)
+from common import timing
+timing.restart()
+print(os.environ["GLIBC_TUNABLES"], *sys.argv[1:])
+"""
+    (tmp_path / "script.py").write_text(code)
+    variables = {k: v for k, v in os.environ.items() if not k.startswith(("GLIBC_", "BENCH_"))}
+    variables |= {"PYTHONPATH": str(ROOT)} | ({} if given is None else {"GLIBC_TUNABLES": given})
+    command = [sys.executable, str(tmp_path / "script.py"), "--runs", "1"]
+    done = subprocess.run(
+        command, env=variables, check=True, capture_output=True, text=True, timeout=200
+    )
+    last = f"{'glibc.malloc.tcache_count=0' if given is None else given} --runs 1"
+    assert done.stdout.splitlines() == ["started"] * (2 if given is None else 1) + [last]
