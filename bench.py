@@ -112,11 +112,11 @@ def methods(images: Tensor, device: torch.device, nets: dict) -> list[Method]:
         return reference_transform(batch[0])
 
     compiled = torch.compile(matmul_transform, dynamic=False)
-    copied, uint8_bytes, note = 8 * PIXELS, PIXELS + 4 * OUTPUTS, "copy_ of the images"
+    copied_bytes, uint8_bytes = 8 * PIXELS, PIXELS + 4 * OUTPUTS
     # name, source, step, kind, note, dtype, ...
     table = [
-        Method("copy", x, copying, "part", note, bytes_moved=copied),
-        Method("copy uint8", uint8, copying, "part", note, "uint8", copied // 4),
+        Method("copy", x, copying, "part", "copy_ of the images", bytes_moved=copied_bytes),
+        Method("copy uint8", uint8, copying, "part", "copy_ of the images", "uint8", 2 * PIXELS),
         Method("fused", x, fused, note="into out=", sweep=True),
         Method("fused uint8", uint8, fused, "chain", "into out=", "uint8", uint8_bytes),
         Method("matmul", x, matmul_transform, sweep=True),

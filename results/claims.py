@@ -82,6 +82,7 @@ def claims() -> str:
     rate = both["epochs"] * both["data"]["train"] / both["seconds"]
     first, *later = there_both["epoch_seconds"]
     epoch = median(later)
+    (near, nearer), (near_there, nearer_there) = beside_mse(both), beside_mse(there_both)
     slower = cnn["mean_s"] / chain["mean_s"]
     there, batches, copying = (row(n, "report", GPU) for n in (SEQUENTIAL, BATCHED, "copy"))
     card = bench(GPU)["environment"]["gpu"]
@@ -189,11 +190,11 @@ def claims() -> str:
         (
             "2: the perceptual loss is much stronger",
             "",
-            f"on a GPU: {beside_mse(there_both)[0]}. On this CPU: {beside_mse(both)[0]}",
+            f"on a GPU: {near_there}. On this CPU: {near}",
             f"`{command(there_both)}`, `{command(both)}`",
-            f"on a GPU {beside_mse(there_both)[1]}; on this CPU {beside_mse(both)[1]}. All behind "
-            "the fixed flip, each pair trained on the same images, on the GPU in "
-            f"{there_both['args']['precision']}, MSE alone in {flipped['args']['precision']}",
+            f"on a GPU {nearer_there}; on this CPU {nearer}. All behind the fixed flip, each pair "
+            f"trained on the same images, on the GPU in {there_both['args']['precision']}, MSE "
+            f"alone in {flipped['args']['precision']}",
         ),
     ]
     return lines(["claim", "report", "here", "command", "verdict"], *map(list, rows))

@@ -311,7 +311,7 @@ def test_needs_two_gray_batches_of_one_shape():
         loss_of("random")(gray[:, 0], gray[:, 0])
 
 
-def test_compiled_distances_are_the_plain_ones(monkeypatch):
+def test_compiled_distances_are_the_plain_ones():
     """In training steps of the largest batch so far; all else runs the plain formula."""
     fast_cpu.enable(False)
     plain, loss, calls = small_loss(), small_loss(), []

@@ -34,19 +34,17 @@ class _Memory:
 
     def __init__(self) -> None:
         self.lock = fork_safe_lock()
-        self.left = np.empty(0, np.int32), 0, 0  # and where the free part begins and ends
+        self.memory, self.used = np.empty(0, np.int32), 0
 
     def keep(self, table: np.ndarray) -> tuple[np.ndarray, int, int]:
         """Copies the table; returns the memory, and from where to where it lies there."""
         with self.lock:
-            memory, start, end = self.left
-            if start + table.size > end:
+            if self.used + table.size > self.memory.size:
                 _places.clear()
                 _kept.clear()
-                start, end = 0, max(KEPT_BYTES // 4, table.size)
-                memory = np.empty(end, np.int32)
-            stop = start + table.size
-            self.left = memory, stop, end
+                self.memory, self.used = np.empty(max(KEPT_BYTES // 4, table.size), np.int32), 0
+            memory, start, stop = self.memory, self.used, self.used + table.size
+            self.used = stop
         memory[start:stop] = table.ravel()
         return memory, start, stop
 
