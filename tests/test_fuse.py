@@ -149,6 +149,23 @@ def test_random_crops_of_edges_and_of_the_images_own_size(chain, size):
     close(torch.stack([fuse(chain)(x) for x in batch]).float(), expected.float(), 1)
 
 
+@pytest.mark.parametrize("resize", [v2.Resize, v2.RandomResizedCrop])
+def test_what_a_later_crop_leaves_out_is_not_computed(resize):
+    chain = [
+        resize((36, 40), interpolation=InterpolationMode.BICUBIC),
+        F.horizontal_flip,
+        v2.CenterCrop((30, 19)),
+        v2.Grayscale(),
+    ]
+    batch, fused = channels_last(images(4, 3, 50, 60)), fuse(chain)
+    torch.manual_seed(1)
+    expected = torch.stack([v2.Compose(chain)(x) for x in batch])
+    torch.manual_seed(1)
+    close(fused(batch).float(), expected.float(), 1)
+    if resize is v2.Resize:
+        assert "50->50 (1 taps) x 60->19 (" in repr(fused)
+
+
 def test_numbers_of_another_default_dtype():
     batch = images(5, 3, 30, 40)
     chain = v2.Compose([v2.RandomResizedCrop(16), v2.RandomHorizontalFlip()])

@@ -1,7 +1,7 @@
 """What a chain of linear steps does to an image, gathered into passes of the operator."""
 
 import platform
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
 import torch
@@ -29,6 +29,17 @@ class Pass:
     dtype: torch.dtype
     box: tuple[int, int, int, int] | None  # top, left, height, width
     plans: dict = field(default_factory=dict)  # by (wide, device)
+
+    def cropped(self, *ranges: tuple[int, int]) -> "Pass":
+        """The same pass, of whose result these rows and columns are wanted: starts and lengths."""
+        axes = []
+        for axis, (start, out) in zip((self.rows, self.columns), ranges, strict=True):
+            if out != axis.out:
+                step, shared = ("crop", start, out, "constant"), {}
+                variants = [longer(each, step, True, shared) for each in axis.variants]
+                axis = Axis(axis.size, out, variants)
+            axes.append(axis)
+        return replace(self, rows=axes[0], columns=axes[1], plans={})
 
     def plan(self, images: Tensor) -> Plan:
         key = torch.float64 in (images.dtype, self.dtype), images.device
@@ -71,8 +82,11 @@ class Passes:
         box, read = None, self.read
         if all(len(axis) == 1 for axis in self.axes):  # a view, whatever the images' strides
             (top, height, down), (left, width, across) = (axis[0] for axis in self.axes)
-            if (height, width) != read:
-                box, read = (top, left, height, width), (height, width)
+            if (height, width) != read and self.done:  # nobody reads the rest
+                self.done[-1] = self.done[-1].cropped((top, height), (left, width))
+            elif (height, width) != read:
+                box = top, left, height, width
+            read = height, width
             self.axes = [[(0, height, down)], [(0, width, across)]]
         (rows, row_index), (columns, column_index) = (
             distinct(*axis) for axis in zip(self.axes, read, (self.height, self.width), strict=True)
