@@ -83,18 +83,19 @@ class PerceptualLoss(nn.Module):
 def compiled(distances: Callable, **options) -> Callable:
     """`PerceptualLoss.distances` by torch.compile, in training steps of the largest batch so far.
     Smaller batches and calls without gradients run the plain formula: there are few, and each would
-    be compiled anew for 10 to 20 s. options: of torch.compile. Where the first call fails, all run
+    be compiled anew for 10 to 20 s. options: of torch.compile. Where the compilation fails, all run
     the plain formula, after a warning."""
     fast = torch.compile(distances, dynamic=False, **options)
     size = 0
 
     def run(output: Tensor, target: Tensor) -> Tensor:
         nonlocal fast, size
-        training = torch.is_grad_enabled()
-        size = max(size, len(output)) if training else size
-        if fast is None or not training or len(output) < size:
+        if fast is None or not torch.is_grad_enabled() or len(output) < size:
             return distances(output, target)
         try:
+            if len(output) > size:  # compiles the backward too, which a step does out of sight
+                size, probe = len(output), output.detach().requires_grad_()
+                fast(probe, target).sum().backward()
             return fast(output, target)
         except torch.OutOfMemoryError:
             raise

@@ -109,6 +109,32 @@ def test_uint8_rounds_to_nearest_even_and_saturates():
     assert result.flatten().tolist() == [0, 0, 2, 2, 254, 255, 255, 0]
 
 
+@pytest.mark.parametrize("out", [1, 2, 3, 4, 5, 6, 7, 8, 9, 15, 17, 24, 28])
+@pytest.mark.parametrize("flip", [False, True])
+def test_a_nan_spreads_to_its_own_taps_alone(out, flip):
+    """Seven taps, side by side but for one step of two, as a kernel takes without picking pixels;
+    the other way round; and as many rows."""
+    first = torch.arange(out) + (torch.arange(out) > out // 2)
+    size = out + 7
+    weight = torch.rand(
+        1, out, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(out)
+    )
+    bands = Bands(first[None], torch.full((1, out), 7), weight, size)
+    bands = bands.flipped() if flip else bands
+    images = torch.rand(3, 1, size, size, generator=torch.Generator().manual_seed(1))
+    images[1, 0, size // 2, size // 3], images[2, 0, -1, -1] = float("inf"), float("nan")
+    matrix, touched = torch.zeros(2, out, size, dtype=torch.float64)
+    for o in range(out):
+        start = int(bands.first[0, o])
+        matrix[o, start : start + 7], touched[o, start : start + 7] = bands.weight[0, o], 1
+    bad = ~images.isfinite()
+    expected = matrix @ images.double().where(~bad, 0) @ matrix.T
+    spread = touched @ bad.double() @ touched.T > 0
+    actual = separable_map(images, bands, bands, torch.eye(1))
+    assert torch.equal(actual.isfinite(), ~spread)
+    torch.testing.assert_close(actual[~spread].double(), expected[~spread], atol=0, rtol=1e-5)
+
+
 def test_rows_and_channels_without_weight_do_not_spread_nan():
     images = torch.full((1, 2, 4, 4), float("nan"))
     images[:, 1] = 1

@@ -82,11 +82,12 @@ class Passes:
         box, read = None, self.read
         if all(len(axis) == 1 for axis in self.axes):  # a view, whatever the images' strides
             (top, height, down), (left, width, across) = (axis[0] for axis in self.axes)
-            if (height, width) != read and self.done:  # nobody reads the rest
-                self.done[-1] = self.done[-1].cropped((top, height), (left, width))
-            elif (height, width) != read:
-                box = top, left, height, width
-            read = height, width
+            if (height, width) != read:
+                if self.done:  # nobody reads the rest
+                    self.done[-1] = self.done[-1].cropped((top, height), (left, width))
+                else:
+                    box = top, left, height, width
+                read = height, width
             self.axes = [[(0, height, down)], [(0, width, across)]]
         (rows, row_index), (columns, column_index) = (
             distinct(*axis) for axis in zip(self.axes, read, (self.height, self.width), strict=True)
