@@ -166,15 +166,13 @@ struct Terms {
   }
 };
 
-// For each channel, which of the bytes of three registers of RGB pixels are its own; -1: none.
+// Where the bytes of a channel lie among 16 RGB pixels in three registers: which ones to take from
+// the second, from the third, and the places of all 16 in order.
 struct Interleaved {
-  int8_t places[48];
-  constexpr explicit Interleaved(int channel) : places() {
-    for (int i = 0; i < 48; ++i) places[i] = -1;
-    for (int pixel = 0; pixel < 16; ++pixel) {
-      const int byte = 3 * pixel + channel;
-      places[byte / 16 * 16 + pixel] = static_cast<int8_t>(byte % 16);
-    }
+  alignas(16) int8_t masks[48];
+  constexpr explicit Interleaved(int channel) : masks() {
+    for (int i = 0; i < 32; ++i) masks[i] = (i + 16) % 3 == channel ? -1 : 0;
+    for (int i = 0; i < 16; ++i) masks[32 + i] = static_cast<int8_t>((3 * i + channel) % 16);
   }
 };
 #ifdef FUSED_X86
@@ -212,13 +210,14 @@ namespace baseline {
 #ifdef FUSED_X86
 // Pragmas, as the build gives no flags to single files. The standard headers stand before them:
 // their inline functions, compiled for AVX here, could replace those of another file at link time.
-// No lambda inside, since clang's attribute does not reach it.
+// No lambda inside, since clang's attribute does not reach it. As torch, it takes F16C for granted
+// where AVX2 is.
 #define FUSED_SIMD
 #ifdef __clang__
-#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
 #else
 #pragma GCC push_options
-#pragma GCC target("avx2,fma")
+#pragma GCC target("avx2,fma,f16c")
 #endif
 namespace avx2 {
 #include "fused_cpu_kernel.inc"
@@ -226,12 +225,13 @@ namespace avx2 {
 #define FUSED_AVX512
 #ifdef __clang__
 #pragma clang attribute pop
-#pragma clang attribute push( \
-    __attribute__((target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl"))), apply_to = function)
+#pragma clang attribute push(                                                    \
+    __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl"))), \
+    apply_to = function)
 #else
 #pragma GCC pop_options
 #pragma GCC push_options
-#pragma GCC target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512")
+#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512")
 #endif
 namespace avx512 {
 #include "fused_cpu_kernel.inc"

@@ -109,6 +109,30 @@ def test_uint8_rounds_to_nearest_even_and_saturates():
     assert result.flatten().tolist() == [0, 0, 2, 2, 254, 255, 255, 0]
 
 
+def unchanged(images: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    channels, height, width = images.shape[1:]
+    return separable_map(
+        images, identity(height), identity(width), torch.eye(channels), dtype=dtype
+    )
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_every_float16_is_read_and_every_rounding_to_it_is_torchs(layout):
+    halves = torch.arange(-(2**15), 2**15).to(torch.int16).view(torch.float16)
+    images = torch.stack([halves, halves.roll(1), halves.roll(2)]).view(3, 32, 32, 64)
+    images = images.transpose(0, 1).contiguous(memory_format=layout)
+    exact = dict(atol=0, rtol=0, equal_nan=True)
+    torch.testing.assert_close(unchanged(images, torch.float32), images.float(), **exact)
+
+    finite = halves[halves.isfinite()].float().sort().values
+    between = (finite[1:] + finite[:-1]) / 2  # ties, and what is next to them
+    inf = torch.tensor(float("inf"))
+    extremes = torch.tensor([65519.9, 65520, 1e30, -65520, -1e30, inf, -inf, 1e-8, -1e-30])
+    floats = torch.cat([extremes, between, between.nextafter(inf), between.nextafter(-inf)])
+    floats = floats[: len(floats) // 9 * 9].view(1, 1, 9, -1)
+    torch.testing.assert_close(unchanged(floats, torch.float16), floats.half(), **exact)
+
+
 @pytest.mark.parametrize("out", [1, 2, 3, 4, 5, 6, 7, 8, 9, 15, 17, 24, 28])
 @pytest.mark.parametrize("flip", [False, True])
 def test_a_nan_spreads_to_its_own_taps_alone(out, flip):
