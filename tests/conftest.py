@@ -7,10 +7,9 @@ import signal
 
 import pytest
 
-if "PYTEST_XDIST_WORKER" in os.environ:
-    # one worker per core with one thread: threads that wait for each other waste both cores
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-
+# before torch is imported: one worker per core with one thread, as threads that wait for each other
+# waste both cores; and as in the processes that the tests start, whose bits are compared
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import train_fc
 from common import cli

@@ -356,7 +356,7 @@ def test_in_data_loader_workers(context):
     if context == "fork":
         fused_transform(images)  # its threads have run before the fork
     loader = DataLoader(
-        Transformed(images), batch_size=3, num_workers=2, multiprocessing_context=context
+        Transformed(images), batch_size=3, num_workers=1, multiprocessing_context=context
     )
     torch.testing.assert_close(
         torch.cat(list(loader)), reference_transform(images), atol=1e-6, rtol=0
