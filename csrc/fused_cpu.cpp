@@ -353,11 +353,14 @@ Layout layout_of(const Problem& p, const Mix<T>& mix, int64_t height) {
 
 template <typename T>
 void run_cpu(const Problem& p, const Mix<T>& mix) {
-  // few images are cut into parts, so that each thread has as many
+  // few images are cut into parts, so that all threads have the same number of them, or four at
+  // least
   const int64_t pixels = p.rows.in * p.columns.in * mix.in + p.rows.out * p.columns.out * mix.out;
-  const int64_t threads = torch::stable::get_num_threads();
-  int64_t parts =
-      pixels < kTaskPixels || p.images >= 4 * threads ? 1 : threads / std::gcd(threads, p.images);
+  const int64_t threads = torch::stable::get_num_threads(), wanted = 4 * threads;
+  int64_t parts = 1;
+  if (pixels >= kTaskPixels && p.images < wanted) {
+    parts = std::min(threads / std::gcd(threads, p.images), (wanted + p.images - 1) / p.images);
+  }
   const int64_t height = ((p.rows.out + parts - 1) / parts + kRows - 1) / kRows * kRows;
   parts = (p.rows.out + height - 1) / height;
   const int64_t grain = std::max<int64_t>(1, kTaskPixels / (pixels / parts));

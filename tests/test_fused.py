@@ -353,8 +353,10 @@ class Transformed(TensorDataset):
 @pytest.mark.parametrize("context", ["fork", "spawn"])
 def test_in_data_loader_workers(context):
     images = random_images(12, 3, 32, 32)
-    if context == "fork":
-        fused_transform(images)  # its threads have run before the fork
+    if context == "fork":  # its threads have run before
+        torch.set_num_threads(2)
+        fused_transform(images)
+        torch.set_num_threads(1)
     loader = DataLoader(
         Transformed(images), batch_size=3, num_workers=1, multiprocessing_context=context
     )

@@ -21,15 +21,6 @@ def few(monkeypatch):
     monkeypatch.setitem(cli.DRY_RUN, "train_size", 40)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    # the nets are too small here for two threads, which wait for each other on a busy machine
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def run(*args, code=0):
     run_script(train_cnn, *args, code=code)
 
