@@ -358,7 +358,7 @@ def test_in_data_loader_workers(context):
         fused_transform(images)
         torch.set_num_threads(1)
     loader = DataLoader(
-        Transformed(images), batch_size=3, num_workers=1, multiprocessing_context=context
+        Transformed(images), batch_size=3, num_workers=2, multiprocessing_context=context
     )
     torch.testing.assert_close(
         torch.cat(list(loader)), reference_transform(images), atol=1e-6, rtol=0
