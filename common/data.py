@@ -194,7 +194,8 @@ def _extract(root: Path) -> None:
     temporary = root / f".{CIFAR10.base_folder}.tmp"
     try:
         with tarfile.open(root / CIFAR10.filename) as archive:
-            archive.extractall(temporary, filter="data")
+            archive.extraction_filter = getattr(tarfile, "data_filter", None)  # none before 3.11.4
+            archive.extractall(temporary)
         (temporary / CIFAR10.base_folder).replace(root / CIFAR10.base_folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
