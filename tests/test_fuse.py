@@ -7,6 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision import models, tv_tensors
 from torchvision.transforms import InterpolationMode, v2
@@ -55,6 +57,28 @@ def test_pil_images(mode, interpolation):
     actual = fuse(chain)(image)
     assert type(actual) is torch.Tensor
     assert torch.equal(actual, chain(image))
+
+
+@pytest.mark.parametrize("size", [(20, 60), (9, 38), (61, 70), (40, 30), (70, 20)], ids=str)
+@pytest.mark.parametrize("interpolation", ["BILINEAR", "BICUBIC"])
+def test_pillow_resizes_first_what_shrinks_most(size, interpolation):
+    """It rounds after each axis, and since version 13 the order depends on the sizes."""
+    image = pil(58, 54)
+    chain = v2.Resize(size, interpolation=InterpolationMode[interpolation])
+    expected, actual = (F.pil_to_tensor(each(image)).short() for each in (chain, fuse(chain)))
+    close(actual, expected, 1)
+
+
+def test_arrays_where_to_image_comes_first():
+    chain = [v2.ToImage(), v2.Resize(9), v2.ToDtype(torch.float32, scale=True)]
+    array = images(12, 17, 3).numpy()
+    for x in (array, array[..., 0]):
+        actual, expected = fuse(chain)(x), v2.Compose(chain)(x)
+        assert type(actual) is type(expected)
+        close(actual, expected)
+    image, label = fuse(chain)((array, 3))
+    assert (label, image.shape) == (3, (3, 9, 12))
+    assert fuse(v2.Resize(9))((images(3, 12, 12), array))[1] is array
 
 
 def test_types_and_samples():
@@ -319,6 +343,17 @@ def test_module():
     assert len(many._recipes) <= 256
 
 
+def test_a_chain_that_is_changed_later_stays_as_it_was_fused():
+    resize, x = v2.Resize((9, 9)), torch.rand(3, 12, 12)
+    chain = [resize]
+    fused = fuse(chain)
+    resize.size = [5, 5]
+    chain.append(v2.CenterCrop(3))
+    for each in (fused, copy.deepcopy(fused), pickle.loads(pickle.dumps(fused))):
+        assert each(x).shape == (3, 9, 9)
+    assert fuse(chain)(x).shape == (3, 3, 3)
+
+
 def test_gradient_after_crops_of_other_lengths():
     """The bands that a graph holds stay as they are when more are kept."""
     chain = v2.RandomResizedCrop(24)
@@ -370,3 +405,30 @@ def test_export_and_compile(tmp_path):
         y, grad = y.detach().requires_grad_(), y.grad
         fuse([v2.Resize(9), F.vflip])(y).sum().backward()
         assert torch.equal(grad, y.grad)
+
+
+def test_compile_of_chains_that_draw_or_make_images():
+    x = torch.rand(4, 3, 20, 30)
+    chain = fuse([v2.RandomResizedCrop(8), v2.RandomHorizontalFlip()])
+    results = []
+    for each in (chain, torch.compile(chain, backend="aot_eager")):
+        torch.manual_seed(0)
+        results.append(each(x))
+    assert torch.equal(*results)
+    with pytest.raises(RuntimeError, match="no chain that draws"):
+        torch.export.export(chain, (x,))
+    chain = fuse([v2.ToImage(), v2.Resize(8)])
+    compiled = torch.compile(chain, fullgraph=True, backend="aot_eager")
+    assert type(compiled(x)) is tv_tensors.Image
+    assert torch.equal(compiled(x), chain(x))
+    for kind in (tv_tensors.Image, tv_tensors.Video):
+        assert type(torch.compile(chain, backend="aot_eager")(kind(x))) is kind
+    assert type(torch.export.export(chain, (x,)).module()(x)) is torch.Tensor
+
+
+def test_fakes_and_traces_of_a_chain_with_a_bias():
+    chain, x = fuse(evaluation()), images(2, 3, 30, 40)
+    expected = chain(x)
+    assert torch.equal(make_fx(chain)(x)(x), expected)
+    with FakeTensorMode() as mode:
+        assert chain(mode.from_tensor(x)).shape == expected.shape

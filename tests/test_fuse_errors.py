@@ -1,5 +1,7 @@
 """What fuse refuses: a clear error that names the step and the reason."""
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 from torch import nn
@@ -9,6 +11,24 @@ from torchvision.transforms import v2
 
 from common.fused import FusedTransform, NotFusable, fuse
 from tests.chains import MEAN, STD, images, pil, training
+
+
+@dataclass
+class Callable:  # compared by its fields, so without a hash
+    p: float = 0.5
+
+    def __call__(self, x):
+        return x
+
+
+class Doubled(v2.Compose):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class Halved(nn.Sequential):
+    def forward(self, x):
+        return super().forward(x) / 2
 
 
 @pytest.mark.parametrize(
@@ -26,6 +46,9 @@ from tests.chains import MEAN, STD, images, pil, training
         (nn.Conv2d(3, 3, 1), "step 0, Conv2d"),
         (models.video.R3D_18_Weights.DEFAULT.transforms(), "step 0, VideoClassification"),
         (v2.Normalize(MEAN, (1, 0, 1)), "division by zero"),
+        ([v2.Resize(8), Callable()], "step 1, Callable"),
+        (Doubled([v2.Resize(8)]), "step 0, Doubled"),
+        ([Halved(v2.Resize(8))], "step 0, Halved"),
     ],
     ids=str,
 )
@@ -46,7 +69,10 @@ BAD = [
     (v2.Normalize(MEAN, STD), images(3, 9, 9, dtype=torch.float32)[:1], ValueError, "1 channels"),
     (v2.Normalize(MEAN[:2], STD[:2]), torch.rand(3, 9, 9), ValueError, "length 2, but 3 channels"),
     (v2.Normalize(MEAN, STD), pil(), TypeError, "Normalize.*PIL"),
+    (v2.Normalize(MEAN, (1, 1e-9, 1)), torch.rand(3, 9, 9).half(), ValueError, "zero in torch.fl"),
+    (v2.RandomCrop(9, 1, fill=float("nan")), torch.rand(3, 9, 9), ValueError, "must be finite"),
     (v2.Grayscale(), images(2, 9, 9), ValueError, "Grayscale.*2 channels"),
+    (v2.Grayscale(), tv_tensors.Video(images(2, 3, 9, 9)), TypeError, "leaves a Video as it is"),
     (FusedTransform(), images(1, 9, 9), TypeError, "three channels"),
     (v2.ToDtype(torch.uint8, scale=True), torch.rand(3, 9, 9), NotFusable, "cuts off"),
     (v2.Resize(8), [images(3, 9, 9), images(3, 8, 9)], TypeError, "stack them"),

@@ -201,6 +201,35 @@ def test_out_is_refused_where_a_derivative_is_asked_for():
             call()
 
 
+def test_out_that_a_graph_needs_is_not_written_unnoticed():
+    weight, out = torch.ones(1, requires_grad=True), torch.empty(2, 1, 28, 28).double()
+    first, count, mix = torch.zeros(1, 28).long(), torch.ones(1, 28).long(), torch.ones(1, 3)
+    rows, columns = (Bands(first, count, torch.ones(1, 28, 1).double(), size) for size in (6, 5))
+    for write in (
+        lambda: fused_transform(X, out=out),
+        lambda: fused_transform(X, out=out),  # whose arguments are kept
+        lambda: separable_map(X, rows, columns, mix, out=out),
+        lambda: torch.compile(lambda: fused_transform(X, out=out), backend="aot_eager")(),
+    ):
+        loss = (weight * write()).sum()
+        write()
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+    with torch.inference_mode():
+        inner = torch.empty_like(out)
+        assert torch.equal(fused_transform(X, out=inner), fused_transform(X, out=out))
+
+
+def test_constants_that_want_a_gradient_are_refused():
+    first, count = torch.zeros(1, 1).long(), torch.ones(1, 1).long()
+    one = Bands(first, count, torch.ones(1, 1, 1).double(), 1)
+    x, mix = torch.rand(1, 1, 1), torch.ones(1, 1, requires_grad=True)
+    with pytest.raises(RuntimeError, match="get no gradient"):
+        separable_map(x, one, one, mix)
+    with torch.no_grad():
+        assert separable_map(x, one, one, mix) == x
+
+
 def test_copies_and_masks_that_follow_the_module():
     module = FusedTransform(SIZE, hflip=torch.tensor([True, False]))
     for other in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):

@@ -54,3 +54,9 @@ def check_out(images: Tensor, out: Tensor) -> None:
         or forward_ad._current_level >= 0
     ):
         raise RuntimeError("fused_transform: out= records no gradient; use torch.no_grad()")
+
+
+def check_constants(*constants) -> None:
+    wanted = [isinstance(x, Tensor) and x.requires_grad for x in constants]
+    if any(wanted) and torch.is_grad_enabled():
+        raise RuntimeError("separable_map: mix, bias, low and high get no gradient: detach them")

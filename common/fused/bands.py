@@ -6,9 +6,11 @@ aten/src/ATen/native/cpu/UpSampleKernel.cpp).
 """
 
 import math
+import platform
 from functools import lru_cache, reduce
 
 import numpy as np
+import PIL
 import torch
 
 from .banded import CPU, Bands, stack
@@ -17,11 +19,13 @@ __all__ = [
     "CPU",
     "Bands",
     "blur",
+    "columns_first",
     "crop",
     "identity",
     "quantized",
     "resize",
     "resize_each",
+    "resizes_uint8",
     "stack",
 ]
 
@@ -201,3 +205,18 @@ def blur(size: int, kernel_size: int, sigma: float, dtype: torch.dtype = torch.f
     )
     taps = max(int((last - first).max()) + 1, 1)
     return Bands(first.T, (last - first + 1).T, weight[None, :, :taps], size)
+
+
+def columns_first(height: int, width: int, new_height: int, new_width: int) -> bool:
+    """Whether Pillow resizes the columns first; it rounds in between. It resizes the rows first, as
+    torch does, but since version 13 not where the height shrinks more than twice as much as the
+    width (Pillow's pull request 9549)."""
+    shrinks = height - new_height
+    return shrinks > max(0, 2 * (width - new_width)) and int(PIL.__version__.split(".")[0]) >= 13
+
+
+@lru_cache
+def resizes_uint8(mode: str) -> bool:
+    """Whether torchvision resizes uint8 tensors on this CPU as such, not as float32."""
+    arm = platform.machine() in ("aarch64", "arm64")
+    return mode == "bicubic" or arm or torch.backends.cpu.get_cpu_capability() != "DEFAULT"

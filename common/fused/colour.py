@@ -2,13 +2,13 @@
 tensors that the operator takes."""
 
 from functools import lru_cache
+from math import inf
 
 import torch
 from torch import Tensor
 
 from ._layout import aside
 from .bands import CPU
-from .operator import affine
 
 # a step: ("scale", factors, shifts), ("gray", weights, copies) or ("clamp", low, high)
 Channels = tuple[float, ...]  # a number for each
@@ -53,3 +53,23 @@ def _tensors(mix, bias, clamp, round_by) -> tuple[Tensor, Tensor | None]:
         return tensor, None
     low, high = zip(*clamp, strict=True) if clamp else (None, None)
     return tensor, affine(len(mix), bias, low, high)
+
+
+def affine(channels: int, bias=None, low=None, high=None) -> Tensor:
+    """(channels, 3) float64: what follows the mix, for `separable_map`'s bias. Each argument is
+    None, a number, or one for each channel."""
+    if isinstance(bias, Tensor) and bias.dim() == 2 and low is None and high is None:
+        return bias
+    table = torch.tensor([[0.0, -torch.inf, torch.inf]], dtype=torch.float64).repeat(channels, 1)
+    for column, value in enumerate((bias, low, high)):
+        if value is not None:
+            table[:, column] = torch.as_tensor(value, dtype=torch.float64, device="cpu").detach()
+    return table
+
+
+def unclamped(affine: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The table without what clamps; and the lowest and the highest values of each channel."""
+    if not bool(affine[:, 1:].isfinite().any()):
+        return affine, None
+    free = affine.new_tensor([[-inf, inf]]).expand(len(affine), 2)
+    return torch.cat([affine[:, :1], free], 1), affine[:, 1:].T[..., None, None]

@@ -1,22 +1,25 @@
 """fuse(chain): a chain of torchvision transforms as one pass over the images."""
 
+import copy
 import itertools
 import weakref
 from dataclasses import dataclass
 
+import numpy as np
 import PIL.Image
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
+from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as F
 
 from . import _ops as ops
 from ._layout import Plan, aside, modes
 from .bands import CPU
+from .colour import unclamped
 from .draws import draw_each
-from .operator import affine
 from .passes import Pass, Passes
-from .samples import apply, check, images_of, items_of, show, spec_of, wrap
+from .samples import apply, check, images_of, items_of, of_array, show, spec_of, wrap
 from .step import NotFusable, Step
 from .steps import steps_of
 
@@ -35,8 +38,10 @@ def fuse(chain) -> nn.Module:
     for anything else, naming the step and the reason.
 
     The module takes what the chain takes: (..., C, H, W) tensors, tv_tensors.Image and Video, PIL
-    images (RGB, L), uint8 or float; or a sample such as (image, label) or a dict, whose other parts
-    pass through. Types and dtypes are the chain's. Boxes, masks and keypoints are refused.
+    images (RGB, L), uint8 or float; (H, W, C) numpy arrays where ToImage comes first; or a sample
+    such as (image, label) or a dict, whose other parts pass through. Of several PIL images all are
+    transformed by every step (by torchvision, after PILToTensor, only the first). Types and dtypes
+    are the chain's, results are contiguous. Boxes, masks and keypoints are refused.
 
     Random transforms: each item along the first dimension of a batch draws its own parameters (of
     images beyond (C, H, W), of videos beyond (T, C, H, W)), from torch's generator in the order of
@@ -69,7 +74,9 @@ class Fused(nn.Module):
 
     def __init__(self, chain) -> None:
         super().__init__()
-        self.__setstate__({**self.__dict__, "fused_chain": chain})
+        steps_of(chain)  # its error comes here
+        # a copy, as passes are kept: who changes the chain afterwards fuses it again
+        self.__setstate__({**self.__dict__, "fused_chain": copy.deepcopy(chain)})
 
     def __getstate__(self) -> dict:
         return {k: v for k, v in self.__dict__.items() if k not in ("_steps", "_recipes", "_key")}
@@ -77,14 +84,15 @@ class Fused(nn.Module):
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
         self._steps: list[Step] = steps_of(self.fused_chain)
+        self._draws = any(step.draw is not None and not step.fixed for step in self._steps)
         self._recipes: dict[tuple, _Recipe] = {}
         self._key = next(_keys)
         _modules[self._key] = self
 
     def extra_repr(self) -> str:
         lines = [step.name for step in self._steps]
-        for (pil, _, dtype, shape), recipe in list(self._recipes.items())[-3:]:
-            what = "PIL" if pil else str(dtype).removeprefix("torch.")
+        for (kind, dtype, shape), recipe in list(self._recipes.items())[-3:]:
+            what = "PIL" if kind is PIL.Image.Image else str(dtype).removeprefix("torch.")
             passes = recipe.passes
             how = (
                 "bands drawn for each call"
@@ -97,10 +105,15 @@ class Fused(nn.Module):
     def forward(self, *inputs):
         sample = inputs if len(inputs) > 1 else inputs[0]
         if torch.compiler.is_compiling():
-            return self._traced(sample) if isinstance(sample, Tensor) else _eager(self, *inputs)
+            traced = type(sample) is Tensor and not self._draws
+            if traced or torch.compiler.is_exporting():
+                return self._traced(sample)
+            return _eager(self, *inputs)
         if isinstance(sample, (Tensor, PIL.Image.Image)):
             return self._images([sample])[0]
         flat, spec = tree_flatten(sample)
+        if self._steps and self._steps[0].arrays:
+            flat = [of_array(x) if isinstance(x, np.ndarray) else x for x in flat]
         chosen = images_of(flat)
         plain = [x for x in flat if isinstance(x, Tensor) and x.dim() > 2]
         if isinstance(sample, list) and len(chosen) == 1 and len(flat) == len(plain) > 1:
@@ -117,14 +130,15 @@ class Fused(nn.Module):
         """For torch.compile and torch.export: of tensors, where nothing is drawn. The sizes are
         constants of the graph."""
         shape = [len(range(n)) for n in x.shape[-3:]]  # a range has no symbolic length
-        for box, clamp, tables, arguments in _constants(self._key, x.dtype, *shape):
+        image, passes = _constants(self._key, x.dtype, *shape)
+        for box, clamp, tables, arguments in passes:
             if box is not None:
                 x = x[..., box[0] : box[0] + box[2], box[1] : box[1] + box[3]]
             tables = [table.to(x.device) for table in tables]
             x = torch.ops.fused_transform.differentiable.default(x, *tables, *arguments)
             if clamp is not None:
-                x = x.clamp(*(bound.to(x.device) for bound in clamp))
-        return x
+                x = x.clamp(*clamp.to(x.device, x.dtype))
+        return x.as_subclass(tv_tensors.Image) if image else x
 
     def _images(self, images: list) -> list:
         """All images of one sample, with the same random parameters."""
@@ -156,7 +170,7 @@ class Fused(nn.Module):
             if items_of(image) != items or not sizes:
                 raise ValueError(
                     "fuse: the images of a sample share their random parameters, so they must "
-                    "agree in number and size: " + ", ".join(str(spec_of(x)[3]) for x in images)
+                    "agree in number and size: " + ", ".join(str(spec_of(x)[2]) for x in images)
                 )
         steps = [(self._steps[i], *size) for i, *size in draws]
         return draw_each(steps, items), items
@@ -218,14 +232,15 @@ def _eager(module: Fused, *inputs):
 
 
 @torch.compiler.assume_constant_result
-def _constants(key: int, dtype: torch.dtype, *shape: int) -> list[tuple]:
-    """Of plain tensors, the passes of a module as tables and sizes; torch.compile runs this when it
-    traces a call."""
-    recipe = _modules[key]._recipe((False, True, dtype, shape))
+def _constants(key: int, dtype: torch.dtype, *shape: int) -> tuple[bool, list[tuple]]:
+    """Of plain tensors, whether they become a tv_tensors.Image, and the passes of a module as
+    tables and sizes; torch.compile runs this when it traces a call."""
+    recipe = _modules[key]._recipe((Tensor, dtype, shape))
     if recipe.passes is None:
-        raise RuntimeError("fuse: torch.compile and torch.export take no chain that draws")
+        raise RuntimeError("fuse: torch.export takes no chain that draws")
     ops.load()
-    return aside(_constants_of, recipe.passes, dtype)
+    image = recipe.result is tv_tensors.Image and not torch.compiler.is_exporting()
+    return image, aside(_constants_of, recipe.passes, dtype)
 
 
 def _constants_of(passes: list[Pass], dtype: torch.dtype) -> list[tuple]:
@@ -236,9 +251,7 @@ def _constants_of(passes: list[Pass], dtype: torch.dtype) -> list[tuple]:
         sizes = each.rows.size, each.columns.size, each.rows.out, each.columns.out
         dtype, table, clamp = each.dtype, each.table, None
         if table is not None and dtype.is_floating_point:  # the operator itself is linear
-            if bool(table[:, 1:].isfinite().any()):
-                clamp = table[:, 1:].to(dtype).T[..., None, None].unbind()
-            table = affine(len(table), table[:, 0])
+            table, clamp = unclamped(table)
         arguments = each.mix, table, None, None, *sizes, dtype
         constants.append((each.box, clamp, (*plan.tables, *plan.transposed()), arguments))
     return constants

@@ -71,10 +71,12 @@ def random_crop(transform) -> Step:
         left, top, *_ = params[0]["padding"] if params else (0, 0)
         fill = transform._fill.get("others") if mode == "constant" else None
         fill = [fill or 0.0] if isinstance(fill, (int, float, type(None))) else list(fill)
-        if passes.dtype == torch.uint8:
-            fill = [float(int(x)) for x in fill]
+        if not all(map(math.isfinite, fill)):
+            raise ValueError(f"its fill must be finite, not {fill}")
         if len(fill) not in (1, passes.channels):
             raise ValueError(f"{len(fill)} fill values do not fit {passes.channels} channels")
+        if passes.dtype == torch.uint8:
+            fill = [float(int(x)) for x in fill]
         tops, lefts = (
             [p[key] - pad for p in params or [{key: 0}]]
             for key, pad in (("top", top), ("left", left))

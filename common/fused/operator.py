@@ -1,7 +1,6 @@
 """The fused operator: a banded separable linear map of images with a channel mix, in one pass, on
 the CPU and on CUDA; its derivatives; and the chain of the study on top of it."""
 
-from math import inf
 from operator import index
 
 import torch
@@ -10,8 +9,9 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 
 from . import _checks, _ops
-from ._layout import Plan, chain_plan, sizes_tensor
+from ._layout import Plan, aside, chain_plan, sizes_tensor
 from .bands import CPU, Bands
+from .colour import affine, unclamped
 
 SIZE = (28, 28)
 GRAY_WEIGHTS = (0.2989, 0.587, 0.114)
@@ -52,6 +52,7 @@ def separable_map(
     """
     if not (isinstance(images, Tensor) and (out is None or isinstance(out, Tensor))):
         raise TypeError("fused_transform: images and out must be tensors")
+    _checks.check_constants(mix, bias, low, high)
     if mix.dtype != torch.float64 or mix.device.type != "cpu":
         mix = mix.detach().to("cpu", torch.float64)
     if bias is not None or low is not None or high is not None:
@@ -65,18 +66,6 @@ def separable_map(
         return _traced(images, tables, sizes, mix, bias, row_index, column_index, dtype, out)
     plan = Plan(rows, columns, wide, images.device)
     return apply_plan(images, plan, mix, bias, row_index, column_index, dtype, out)
-
-
-def affine(channels: int, bias=None, low=None, high=None) -> Tensor:
-    """(channels, 3) float64: what follows the mix, for `separable_map`'s bias. Each argument is
-    None, a number, or one for each channel."""
-    if isinstance(bias, Tensor) and bias.dim() == 2 and low is None and high is None:
-        return bias
-    table = torch.tensor([[0.0, -torch.inf, torch.inf]], dtype=torch.float64).repeat(channels, 1)
-    for column, value in enumerate((bias, low, high)):
-        if value is not None:
-            table[:, column] = torch.as_tensor(value, dtype=torch.float64, device="cpu").detach()
-    return table
 
 
 def fused_transform(
@@ -110,15 +99,14 @@ def fused_transform(
             if out is None:
                 return _ops.forward(images, *known)
             if isinstance(out, Tensor) and not out.requires_grad:
-                _ops.forward_out(images, *known, out)
-                return out
+                return _write(images, *known, out)
     try:
         height, width = size
         h, w = images.shape[-2:]
         h, w = index(h), index(w)  # under torch.compile a dynamic size becomes a constant
     except (TypeError, ValueError, AttributeError, RuntimeError):
         raise _checks.fault(images, size) from None
-    if not (out is None or isinstance(out, Tensor)):
+    if not (isinstance(images, Tensor) and (out is None or isinstance(out, Tensor))):
         raise _checks.fault(None, size)
     hmask = vmask = None
     if hflip is not True and hflip is not False:
@@ -180,6 +168,16 @@ def _is_plain(images: Tensor) -> bool:
     )
 
 
+def _write(images, *arguments) -> Tensor:
+    """Writes into the last argument, and tells autograd, so that a backward pass that needs what
+    stood there raises."""
+    out = arguments[-1]
+    _ops.forward_out(images, *arguments)
+    if not out.is_inference():
+        torch.autograd.graph.increment_version(out)
+    return out
+
+
 def apply_plan(images, plan, mix, affine, row_index, column_index, dtype, out) -> Tensor:
     """`separable_map`, its arguments prepared."""
     if _ops.forward is None:
@@ -188,8 +186,7 @@ def apply_plan(images, plan, mix, affine, row_index, column_index, dtype, out) -
     try:
         if out is not None:
             _checks.check_out(images, out)
-            _ops.forward_out(images, *plan.tables, mix, plan.sizes, *options, out)
-            return out
+            return _write(images, *plan.tables, mix, plan.sizes, *options, out)
         if _is_plain(images):
             return _ops.forward(images, *plan.tables, mix, plan.sizes, *options)
         tables = *plan.tables, *plan.transposed()
@@ -202,18 +199,19 @@ def _apply_recorded(images, tables, mix, sizes, affine, row_index, column_index,
     """The same where a derivative or a trace may be wanted. The operator itself is linear, so what
     clamps comes after it."""
     dtype = dtype or _result_type(images.dtype)
-    low_high = None
-    if affine is not None and dtype.is_floating_point and bool(affine[:, 1:].isfinite().any()):
-        low_high = affine[:, 1:].to(images.device, dtype).T[..., None, None]
-        affine = torch.cat([affine[:, :1], affine.new_tensor([[-inf, inf]]).expand(len(mix), 2)], 1)
+    bounds = None
+    if affine is not None and dtype.is_floating_point:
+        compiled = torch.compiler.is_compiling()
+        affine, bounds = unclamped(affine) if compiled else aside(unclamped, affine)
     if isinstance(images, FakeTensor) and not images.fake_mode.allow_non_fake_inputs:
-        tables = [images.fake_mode.from_tensor(table) for table in tables]
-        mix = images.fake_mode.from_tensor(mix)
-        affine = None if affine is None else images.fake_mode.from_tensor(affine)
+        *tables, mix, affine, bounds = (
+            None if x is None else images.fake_mode.from_tensor(x)
+            for x in (*tables, mix, affine, bounds)
+        )
     traced = torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active()
     apply = torch.ops.fused_transform.differentiable.default if traced else _ops.Map.apply
     out = apply(images, *tables, mix, affine, row_index, column_index, *sizes, dtype)
-    return out if low_high is None else out.clamp(*low_high)
+    return out if bounds is None else out.clamp(*bounds.to(out.device, out.dtype))
 
 
 def _traced(images, tables, sizes, mix, affine, row_index, column_index, dtype, out) -> Tensor:

@@ -1,15 +1,15 @@
 """What a chain of linear steps does to an image, gathered into passes of the operator."""
 
-import platform
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
 
+import PIL.Image
 import torch
 from torch import Tensor
 
 from . import colour
 from ._layout import Plan
 from .axes import FLIP, Axis, Variant, bands_of, distinct, longer
+from .bands import columns_first, resizes_uint8
 
 # added before rounding to nearest, ties to even: to round down (gray levels are multiples of 1e-4),
 # and to round ties up
@@ -57,10 +57,11 @@ class Passes:
     more often (`exact`), each rounding ends a pass, as the errors would add up to more than that.
     """
 
-    def __init__(self, pil: bool, pure: bool, dtype, shape, exact: bool = False) -> None:
-        self.pil, self.dtype, self.exact = pil, dtype, exact
+    def __init__(self, kind: type, dtype, shape, exact: bool = False) -> None:
+        self.kind, self.dtype, self.exact = kind, dtype, exact
         self.channels, self.height, self.width = shape
-        self.pure = pure  # a plain tensor, no tv_tensor
+        self.pil = kind is PIL.Image.Image
+        self.pure = kind is Tensor  # no tv_tensor
         self.result: type | None = None  # of the output; None: that of the input
         self.roundings = 0  # how often torchvision rounds uint8 on the way
         self.done: list[Pass] = []
@@ -186,7 +187,7 @@ class Passes:
             return
         self._round()
         levels = self.dtype == torch.uint8
-        native &= levels and (self.pil or _resizes_uint8(mode))
+        native &= levels and (self.pil or resizes_uint8(mode))
         clamps = levels and mode == "bicubic"
         if clamps and native:
             self.roundings += 1  # never in one pass
@@ -196,8 +197,13 @@ class Passes:
         steps = {axis: ("resize", new[axis], *how) for axis in range(2)}
         if bits:
             if boxes is not None or (old[0] != height and old[1] != width):
-                self._blend({1: steps.pop(1)}, boxes)  # torch resizes the rows first
-                self.width, self.half_up = width, True
+                first = 0 if self.pil and columns_first(*old, *new) else 1
+                self._blend({first: steps.pop(first)}, boxes)
+                if first == 0:
+                    self.height = height
+                else:
+                    self.width = width
+                self.half_up = True
                 self.finish(torch.uint8)
             self.rounds = self.half_up = True
         self._blend(steps, boxes)
@@ -243,10 +249,3 @@ class Passes:
                 self.scale((1 / 255,), (0.0,))
         self.touched |= dtype != self.dtype
         self.dtype = dtype
-
-
-@lru_cache
-def _resizes_uint8(mode: str) -> bool:
-    """Whether torchvision resizes uint8 tensors on this CPU as such, not as float32."""
-    arm = platform.machine() in ("aarch64", "arm64")
-    return mode == "bicubic" or arm or torch.backends.cpu.get_cpu_capability() != "DEFAULT"

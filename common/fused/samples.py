@@ -1,5 +1,6 @@
 """The images of a sample: which parts they are, what they are, and a pass over them."""
 
+import numpy as np
 import PIL.Image
 import torch
 from torch import Tensor
@@ -29,17 +30,25 @@ def images_of(flat: list) -> list[int]:
     return chosen
 
 
-def spec_of(image) -> tuple[bool, bool, torch.dtype, tuple[int, ...]]:
-    """What a recipe depends on: a PIL image or not, a plain tensor or not, dtype, (C, H, W)."""
+def of_array(array: np.ndarray) -> tv_tensors.Image:
+    """(H, W, C) or (H, W), as ToImage takes it; not copied."""
+    return tv_tensors.Image(torch.from_numpy(np.atleast_3d(array)).permute(2, 0, 1))
+
+
+def spec_of(image) -> tuple[type, torch.dtype, tuple[int, ...]]:
+    """What a recipe depends on: tv_tensors.Image or Video, a plain Tensor or a PIL image; dtype,
+    (C, H, W)."""
     if isinstance(image, Tensor):
-        return False, not isinstance(image, tv_tensors.TVTensor), image.dtype, image.shape[-3:]
+        kind = type(image) if isinstance(image, tv_tensors.TVTensor) else Tensor
+        return kind, image.dtype, image.shape[-3:]
     if image.mode not in ("RGB", "L"):
         raise TypeError(f"fuse: PIL images must be of mode RGB or L, not {image.mode}")
-    return True, False, torch.uint8, (len(image.getbands()), image.height, image.width)
+    shape = len(image.getbands()), image.height, image.width
+    return PIL.Image.Image, torch.uint8, shape
 
 
 def check(spec: tuple) -> None:
-    _, _, dtype, shape = spec
+    _, dtype, shape = spec
     if dtype not in (torch.uint8, *FLOATS):
         raise TypeError(f"fuse: images must be uint8 or float, not {dtype}")
     if len(shape) < 3 or min(shape) < 1:

@@ -12,7 +12,8 @@ class NotFusable(ValueError):
 class Step:
     """apply(passes, params): params is what `draw` gave for each item, or None to learn of the
     sizes only. draw(numbers, height, width): the random parameters of one item, see `draws`.
-    sized: they depend on the image's size. flips: they are bools. fixed: always the same."""
+    sized: they depend on the image's size. flips: they are bools. fixed: always the same.
+    arrays: it makes images of numpy arrays."""
 
     name: str
     apply: Callable
@@ -20,3 +21,4 @@ class Step:
     sized: bool = False
     flips: bool = False
     fixed: bool = False
+    arrays: bool = False

@@ -1,5 +1,7 @@
 """The steps of a chain of torchvision transforms, those that are linear."""
 
+from inspect import isfunction
+
 from torch import nn
 from torchvision import transforms as v1
 from torchvision.transforms import v2
@@ -17,9 +19,9 @@ def steps_of(chain) -> list[Step]:
 
 
 def _flat(chain) -> list:
-    if isinstance(chain, (v2.Compose, v1.Compose)):
+    if _runs_as(chain, v2.Compose) or _runs_as(chain, v1.Compose):
         chain = chain.transforms
-    elif isinstance(chain, nn.Sequential):
+    elif _runs_as(chain, nn.Sequential):
         chain = list(chain)
     elif hasattr(chain, "fused_chain"):
         return _flat(chain.fused_chain)
@@ -28,14 +30,17 @@ def _flat(chain) -> list:
     return [chain]
 
 
+def _runs_as(chain, container: type) -> bool:
+    """Whether it is such a container, or of a subclass that does not change what it does."""
+    names = "__call__", "forward"
+    same = (getattr(type(chain), n, None) is getattr(container, n, None) for n in names)
+    return isinstance(chain, container) and all(same)
+
+
 def _step(i: int, transform) -> Step:
     name = getattr(transform, "__name__", None) or " ".join(repr(transform).split())
     name = f"step {i}, {name}"
-    make = (
-        FUNCTIONS.get(transform)
-        if callable(transform) and not isinstance(transform, nn.Module)
-        else TRANSFORMS.get(type(transform))
-    )
+    make = FUNCTIONS.get(transform) if isfunction(transform) else TRANSFORMS.get(type(transform))
     if make is None:
         known = ", ".join(sorted({kind.__name__ for kind in TRANSFORMS}))
         reason = REASONS.get(type(transform).__name__, "it is not one of the linear transforms")

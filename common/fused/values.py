@@ -24,7 +24,7 @@ def to_image(_transform) -> Step:
         if passes.pil or passes.pure:
             passes.result, passes.pil, passes.pure = tv_tensors.Image, False, False
 
-    return Step("", apply)
+    return Step("", apply, arrays=True)
 
 
 def pil_to_tensor(_transform) -> Step:
@@ -62,7 +62,13 @@ def grayscale(transform) -> Step:
     copies = transform.num_output_channels
     if copies not in (1, 3):
         raise NotFusable(f"num_output_channels must be 1 or 3, not {copies}")
-    return Step("", lambda passes, _: _gray(passes, copies))
+
+    def apply(passes: Passes, _) -> None:
+        if passes.kind is tv_tensors.Video and not passes.pure:
+            raise TypeError("torchvision leaves a Video as it is: put ToPureTensor before it")
+        _gray(passes, copies)
+
+    return Step("", apply)
 
 
 def _gray(passes: Passes, copies: int) -> None:
@@ -95,6 +101,8 @@ def _normalize_by(passes: Passes, mean, std) -> None:
 def _factors(mean, std, dtype: torch.dtype) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """1 / std and -mean / std; torchvision rounds mean and std to the dtype of the images."""
     mean, std = (torch.tensor(x, dtype=dtype, device="cpu").tolist() for x in (mean, std))
+    if not all(std):
+        raise ValueError(f"std is zero in {dtype}, which leads to a division by zero")
     n = max(len(mean), len(std))
     mean, std = (x * n if len(x) == 1 else x for x in (mean, std))
     shift = tuple(-m / s for m, s in zip(mean, std, strict=True))
