@@ -1,6 +1,7 @@
 """CIFAR-10 from disk or by download, synthetic images, and both as uint8 tensors in batches."""
 
 import argparse
+import fcntl
 import os
 import shutil
 import sys
@@ -8,6 +9,7 @@ import tarfile
 import time
 import urllib.request
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -192,13 +194,32 @@ def _extract(root: Path) -> None:
     """Extracts the archive without checking its md5, since the md5 of each extracted file is
     checked on reading. The folder appears atomically."""
     temporary = root / f".{CIFAR10.base_folder}.tmp"
-    try:
-        with tarfile.open(root / CIFAR10.filename) as archive:
-            archive.extraction_filter = getattr(tarfile, "data_filter", None)  # none before 3.11.4
-            archive.extractall(temporary)
-        (temporary / CIFAR10.base_folder).replace(root / CIFAR10.base_folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with _alone(root):
+        if (root / CIFAR10.base_folder).is_dir():  # by another process in the meantime
+            return
+        try:
+            with tarfile.open(root / CIFAR10.filename) as archive:
+                # none before 3.11.4
+                archive.extraction_filter = getattr(tarfile, "data_filter", None)
+                archive.extractall(temporary)
+            (temporary / CIFAR10.base_folder).replace(root / CIFAR10.base_folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def _alone(root: Path) -> Iterator[None]:
+    """Waits while another process downloads or extracts into `root`. If `root` cannot hold a lock,
+    the block runs without one: it fails itself if nothing can be written there."""
+    path, held = root / f".{CIFAR10.base_folder}.lock", False
+    with ExitStack() as stack:
+        with suppress(OSError):
+            while not held:
+                lock = stack.enter_context(open(path, "w"))
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                held = os.fstat(lock.fileno()).st_nlink > 0  # 0: its last holder has removed it
+            stack.callback(path.unlink, missing_ok=True)
+        yield
 
 
 def cifar10_on_disk(root: Path) -> bool:
@@ -230,15 +251,28 @@ def _name_the_damaged_file(root: Path) -> None:
 
 
 def _download(root: Path) -> None:
-    """Downloads the archive into `root` through a temporary file, within DOWNLOAD_LIMIT_S."""
+    """Downloads the archive into `root` within DOWNLOAD_LIMIT_S, unless another process does."""
     if not root.is_dir() and root != Path("data"):  # only the default is created
         raise UserError(f"no such folder: {root} (--data-dir)")
     archive = root / CIFAR10.filename
-    temporary = archive.with_suffix(".part")
     print(f"downloading {CIFAR10.url} ({ARCHIVE_MB} MB) to {archive}")
-    deadline = time.monotonic() + DOWNLOAD_LIMIT_S
+    deadline = time.monotonic() + DOWNLOAD_LIMIT_S  # includes waiting for another process
     try:
         root.mkdir(parents=True, exist_ok=True)
+        with _alone(root):
+            if not cifar10_on_disk(root):
+                _fetch(archive, deadline)
+    except OSError as error:
+        raise UserError(
+            f"cannot download CIFAR-10: {error}. Put {CIFAR10.filename} (md5 {CIFAR10.tgz_md5}) "
+            f"or the folder {CIFAR10.base_folder} into {root}, or use --data synthetic"
+        ) from error
+
+
+def _fetch(archive: Path, deadline: float) -> None:
+    """Downloads `archive` through a temporary file. Raises OSError."""
+    temporary = archive.with_suffix(".part")
+    try:
         with (
             urllib.request.urlopen(CIFAR10.url, timeout=20) as response,
             open(temporary, "wb") as file,
@@ -252,10 +286,5 @@ def _download(root: Path) -> None:
         if calculate_md5(temporary) != CIFAR10.tgz_md5:
             raise OSError("the downloaded file has another md5")
         temporary.replace(archive)
-    except OSError as error:
-        raise UserError(
-            f"cannot download CIFAR-10: {error}. Put {CIFAR10.filename} (md5 {CIFAR10.tgz_md5}) "
-            f"or the folder {CIFAR10.base_folder} into {root}, or use --data synthetic"
-        ) from error
     finally:
         temporary.unlink(missing_ok=True)

@@ -1,5 +1,6 @@
 """Splits, batches, synthetic images, and CIFAR-10 on disk: extracted, as an archive, damaged."""
 
+import fcntl
 import gzip
 import hashlib
 import http.server
@@ -8,6 +9,8 @@ import pickle
 import tarfile
 import threading
 import time
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -234,6 +237,43 @@ def test_download(cifar, server, tmp_path_factory, monkeypatch):
     root = tmp_path_factory.mktemp("a") / "b" / "fresh"  # not beside a CIFAR-10
     root.mkdir(parents=True)
     assert torch.equal(data.cifar10(root, train=False), expected)
+
+
+@pytest.mark.parametrize("step", ["extract", "download"])
+def test_two_runs_share_one_download_and_one_extraction(
+    cifar, server, tmp_path_factory, monkeypatch, step
+):
+    """The second run starts in the middle of the first one's step, which then waits until the
+    second one has come to its lock."""
+    expected = data.cifar10(cifar, train=False)
+    archive = archive_instead_of_folder(cifar)
+    server.content = archive.read_bytes()
+    monkeypatch.setattr(CIFAR10, "url", f"http://127.0.0.1:{server.server_port}/x")
+    root = tmp_path_factory.mktemp("fresh") if step == "download" else cifar
+    owner, call = (tarfile, "open") if step == "extract" else (urllib.request, "urlopen")
+    real, lock = getattr(owner, call), fcntl.flock
+    begun, second, second_is_there = [], [], threading.Event()
+
+    def begin(*args, **settings):
+        begun.append(1)
+        if len(begun) == 1:
+            second.append(pool.submit(data.cifar10, root, train=False))
+            assert second_is_there.wait(60)
+        second_is_there.set()
+        return real(*args, **settings)
+
+    def flock(*args):
+        if begun:
+            second_is_there.set()
+        lock(*args)
+
+    monkeypatch.setattr(owner, call, begin)
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with ThreadPoolExecutor(1) as pool:
+        assert torch.equal(data.cifar10(root, train=False), expected)
+        assert torch.equal(second[0].result(), expected)
+    assert len(begun) == 1
+    assert {path.name for path in root.iterdir()} == {CIFAR10.base_folder, CIFAR10.filename}
 
 
 @pytest.mark.parametrize("fault", ["slow", "wrong", "refused", "no folder"])
