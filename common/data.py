@@ -97,7 +97,7 @@ def choose(name: str, root: str) -> str:
         if near:
             raise UserError(f"--data-dir {root} holds no CIFAR-10; {near[0]} does")
         if name == "auto":
-            missing = "" if folder.is_dir() else ": no such folder"
+            missing = "" if os.path.isdir(folder) else ": no such folder"
             raise UserError(
                 f"--data-dir {root} holds no CIFAR-10{missing}; name the folder that holds "
                 f"{CIFAR10.base_folder}, or use --data synthetic"
@@ -110,7 +110,7 @@ def choose(name: str, root: str) -> str:
 
 def _folders(folder: Path) -> list[Path]:
     try:
-        return sorted(each for each in folder.iterdir() if each.is_dir())
+        return sorted(each for each in folder.iterdir() if os.path.isdir(each))
     except OSError:
         return []
 
@@ -178,7 +178,7 @@ def cifar10(root: Path, train: bool) -> Tensor:
         _download(root)
     folder = root / CIFAR10.base_folder
     try:
-        if not folder.is_dir():
+        if not os.path.isdir(folder):
             _extract(root)
         before = _stamps(folder)
         dataset = CIFAR10(root, train=train)
@@ -195,7 +195,7 @@ def _extract(root: Path) -> None:
     checked on reading. The folder appears atomically."""
     temporary = root / f".{CIFAR10.base_folder}.tmp"
     with _alone(root):
-        if (root / CIFAR10.base_folder).is_dir():  # by another process in the meantime
+        if os.path.isdir(root / CIFAR10.base_folder):  # by another process in the meantime
             return
         try:
             with tarfile.open(root / CIFAR10.filename) as archive:
@@ -224,8 +224,9 @@ def _alone(root: Path) -> Iterator[None]:
 
 def cifar10_on_disk(root: Path) -> bool:
     """Whether `root` has CIFAR-10, extracted or as the archive, damaged or not: nobody who has
-    CIFAR-10 silently trains on synthetic images."""
-    return (root / CIFAR10.base_folder).is_dir() or (root / CIFAR10.filename).is_file()
+    CIFAR-10 silently trains on synthetic images. A folder that may not be read holds nothing."""
+    # Path.is_dir and is_file would raise PermissionError there
+    return os.path.isdir(root / CIFAR10.base_folder) or os.path.isfile(root / CIFAR10.filename)
 
 
 def _stamps(folder: Path) -> list[tuple]:
@@ -236,7 +237,7 @@ def _stamps(folder: Path) -> list[tuple]:
 
 def _name_the_damaged_file(root: Path) -> None:
     folder = root / CIFAR10.base_folder
-    if folder.is_dir():
+    if os.path.isdir(folder):
         meta = (CIFAR10.meta["filename"], CIFAR10.meta["md5"])
         files = [(folder / n, md5) for n, md5 in (*CIFAR10.train_list, *CIFAR10.test_list, meta)]
     else:
@@ -252,7 +253,7 @@ def _name_the_damaged_file(root: Path) -> None:
 
 def _download(root: Path) -> None:
     """Downloads the archive into `root` within DOWNLOAD_LIMIT_S, unless another process does."""
-    if not root.is_dir() and root != Path("data"):  # only the default is created
+    if not os.path.isdir(root) and root != Path("data"):  # only the default is created
         raise UserError(f"no such folder: {root} (--data-dir)")
     archive = root / CIFAR10.filename
     print(f"downloading {CIFAR10.url} ({ARCHIVE_MB} MB) to {archive}")

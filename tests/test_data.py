@@ -138,6 +138,23 @@ def test_missing_data_dir_does_not_fall_back_to_synthetic(tmp_path):
     assert load("synthetic", root).name == "synthetic"
 
 
+@pytest.mark.parametrize("name", ["auto", "cifar10"])
+@pytest.mark.parametrize("place", ["mistyped", "secret/data", "x" * 300])
+def test_folder_that_cannot_be_looked_into_holds_nothing(tmp_path, monkeypatch, name, place):
+    """Beside or above --data-dir, or a name that is too long; root may look into every folder."""
+    (tmp_path / "secret").mkdir()
+    real = os.stat
+
+    def stat(path, *args, **settings):
+        if str(path).startswith(f"{tmp_path}/secret/"):
+            raise PermissionError(13, "Permission denied")
+        return real(path, *args, **settings)
+
+    monkeypatch.setattr(os, "stat", stat)
+    with pytest.raises(UserError, match="no such folder"):
+        load(name, tmp_path / place)
+
+
 def test_recompressed_archive_is_read(cifar):
     expected = data.cifar10(cifar, train=False)
     archive = archive_instead_of_folder(cifar)
