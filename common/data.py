@@ -158,7 +158,10 @@ def synthetic(size: int, seed: int, height: int = 32, width: int = 32) -> Tensor
     generator = torch.Generator().manual_seed(seed)
     fy, fx = torch.fft.fftfreq(height)[:, None], torch.fft.rfftfreq(width)[None, :]
     frequency = (fx.square() + fy.square()).sqrt().clamp(min=1 / max(height, width))
-    images = torch.empty(size, 3, height, width, dtype=torch.uint8)
+    try:
+        images = torch.empty(size, 3, height, width, dtype=torch.uint8)
+    except RuntimeError as error:  # torch has no exception class for out of host memory
+        raise UserError(f"{size} images do not fit into memory: ask for fewer") from error
     for chunk in images.split(1000):
         n = len(chunk)
         noise = torch.randn(n, 3, height, width, generator=generator)

@@ -110,6 +110,11 @@ def test_synthetic_images_have_natural_second_order_statistics():
     assert 0.7 < slope < 1.3
 
 
+def test_synthetic_images_beyond_memory_are_refused():
+    with pytest.raises(UserError, match="do not fit into memory: ask for fewer"):
+        data.synthetic(2**40, seed=0)
+
+
 def test_auto_uses_cifar10_if_on_disk(cifar, tmp_path_factory, capsys, monkeypatch):
     assert load("auto", cifar, test_size=None).name == "cifar10"
     assert capsys.readouterr().err == ""
