@@ -1,6 +1,7 @@
 """CIFAR-10 from disk or by download, synthetic images, and both as uint8 tensors in batches."""
 
 import argparse
+import fcntl
 import os
 import shutil
 import sys
@@ -8,6 +9,7 @@ import tarfile
 import time
 import urllib.request
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -95,7 +97,7 @@ def choose(name: str, root: str) -> str:
         if near:
             raise UserError(f"--data-dir {root} holds no CIFAR-10; {near[0]} does")
         if name == "auto":
-            missing = "" if folder.is_dir() else ": no such folder"
+            missing = "" if os.path.isdir(folder) else ": no such folder"
             raise UserError(
                 f"--data-dir {root} holds no CIFAR-10{missing}; name the folder that holds "
                 f"{CIFAR10.base_folder}, or use --data synthetic"
@@ -108,7 +110,7 @@ def choose(name: str, root: str) -> str:
 
 def _folders(folder: Path) -> list[Path]:
     try:
-        return sorted(each for each in folder.iterdir() if each.is_dir())
+        return sorted(each for each in folder.iterdir() if os.path.isdir(each))
     except OSError:
         return []
 
@@ -156,7 +158,10 @@ def synthetic(size: int, seed: int, height: int = 32, width: int = 32) -> Tensor
     generator = torch.Generator().manual_seed(seed)
     fy, fx = torch.fft.fftfreq(height)[:, None], torch.fft.rfftfreq(width)[None, :]
     frequency = (fx.square() + fy.square()).sqrt().clamp(min=1 / max(height, width))
-    images = torch.empty(size, 3, height, width, dtype=torch.uint8)
+    try:
+        images = torch.empty(size, 3, height, width, dtype=torch.uint8)
+    except RuntimeError as error:  # torch has no exception class for out of host memory
+        raise UserError(f"{size} images do not fit into memory: ask for fewer") from error
     for chunk in images.split(1000):
         n = len(chunk)
         noise = torch.randn(n, 3, height, width, generator=generator)
@@ -176,7 +181,7 @@ def cifar10(root: Path, train: bool) -> Tensor:
         _download(root)
     folder = root / CIFAR10.base_folder
     try:
-        if not folder.is_dir():
+        if not os.path.isdir(folder):
             _extract(root)
         before = _stamps(folder)
         dataset = CIFAR10(root, train=train)
@@ -192,19 +197,39 @@ def _extract(root: Path) -> None:
     """Extracts the archive without checking its md5, since the md5 of each extracted file is
     checked on reading. The folder appears atomically."""
     temporary = root / f".{CIFAR10.base_folder}.tmp"
-    try:
-        with tarfile.open(root / CIFAR10.filename) as archive:
-            archive.extraction_filter = getattr(tarfile, "data_filter", None)  # none before 3.11.4
-            archive.extractall(temporary)
-        (temporary / CIFAR10.base_folder).replace(root / CIFAR10.base_folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with _alone(root):
+        if os.path.isdir(root / CIFAR10.base_folder):  # by another process in the meantime
+            return
+        try:
+            with tarfile.open(root / CIFAR10.filename) as archive:
+                # none before 3.11.4
+                archive.extraction_filter = getattr(tarfile, "data_filter", None)
+                archive.extractall(temporary)
+            (temporary / CIFAR10.base_folder).replace(root / CIFAR10.base_folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def _alone(root: Path) -> Iterator[None]:
+    """Waits while another process downloads or extracts into `root`. If `root` cannot hold a lock,
+    the block runs without one: it fails itself if nothing can be written there."""
+    path, held = root / f".{CIFAR10.base_folder}.lock", False
+    with ExitStack() as stack:
+        with suppress(OSError):
+            while not held:
+                lock = stack.enter_context(open(path, "w"))
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                held = os.fstat(lock.fileno()).st_nlink > 0  # 0: its last holder has removed it
+            stack.callback(path.unlink, missing_ok=True)
+        yield
 
 
 def cifar10_on_disk(root: Path) -> bool:
     """Whether `root` has CIFAR-10, extracted or as the archive, damaged or not: nobody who has
-    CIFAR-10 silently trains on synthetic images."""
-    return (root / CIFAR10.base_folder).is_dir() or (root / CIFAR10.filename).is_file()
+    CIFAR-10 silently trains on synthetic images. A folder that may not be read holds nothing."""
+    # Path.is_dir and is_file would raise PermissionError there
+    return os.path.isdir(root / CIFAR10.base_folder) or os.path.isfile(root / CIFAR10.filename)
 
 
 def _stamps(folder: Path) -> list[tuple]:
@@ -215,7 +240,7 @@ def _stamps(folder: Path) -> list[tuple]:
 
 def _name_the_damaged_file(root: Path) -> None:
     folder = root / CIFAR10.base_folder
-    if folder.is_dir():
+    if os.path.isdir(folder):
         meta = (CIFAR10.meta["filename"], CIFAR10.meta["md5"])
         files = [(folder / n, md5) for n, md5 in (*CIFAR10.train_list, *CIFAR10.test_list, meta)]
     else:
@@ -230,15 +255,28 @@ def _name_the_damaged_file(root: Path) -> None:
 
 
 def _download(root: Path) -> None:
-    """Downloads the archive into `root` through a temporary file, within DOWNLOAD_LIMIT_S."""
-    if not root.is_dir() and root != Path("data"):  # only the default is created
+    """Downloads the archive into `root` within DOWNLOAD_LIMIT_S, unless another process does."""
+    if not os.path.isdir(root) and root != Path("data"):  # only the default is created
         raise UserError(f"no such folder: {root} (--data-dir)")
     archive = root / CIFAR10.filename
-    temporary = archive.with_suffix(".part")
     print(f"downloading {CIFAR10.url} ({ARCHIVE_MB} MB) to {archive}")
-    deadline = time.monotonic() + DOWNLOAD_LIMIT_S
+    deadline = time.monotonic() + DOWNLOAD_LIMIT_S  # includes waiting for another process
     try:
         root.mkdir(parents=True, exist_ok=True)
+        with _alone(root):
+            if not cifar10_on_disk(root):
+                _fetch(archive, deadline)
+    except OSError as error:
+        raise UserError(
+            f"cannot download CIFAR-10: {error}. Put {CIFAR10.filename} (md5 {CIFAR10.tgz_md5}) "
+            f"or the folder {CIFAR10.base_folder} into {root}, or use --data synthetic"
+        ) from error
+
+
+def _fetch(archive: Path, deadline: float) -> None:
+    """Downloads `archive` through a temporary file. Raises OSError."""
+    temporary = archive.with_suffix(".part")
+    try:
         with (
             urllib.request.urlopen(CIFAR10.url, timeout=20) as response,
             open(temporary, "wb") as file,
@@ -252,10 +290,5 @@ def _download(root: Path) -> None:
         if calculate_md5(temporary) != CIFAR10.tgz_md5:
             raise OSError("the downloaded file has another md5")
         temporary.replace(archive)
-    except OSError as error:
-        raise UserError(
-            f"cannot download CIFAR-10: {error}. Put {CIFAR10.filename} (md5 {CIFAR10.tgz_md5}) "
-            f"or the folder {CIFAR10.base_folder} into {root}, or use --data synthetic"
-        ) from error
     finally:
         temporary.unlink(missing_ok=True)

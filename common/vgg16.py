@@ -1,6 +1,8 @@
 """VGG16 weight files, checked before use, and the VGG16 layers of the perceptual loss."""
 
+import os
 import socket
+import stat
 from pathlib import Path
 
 import torch
@@ -58,10 +60,13 @@ def load_vgg16(weights: str | Path) -> dict[str, Tensor]:
             for key, shape in shapes.items()
         }
     path = _download() if weights == "imagenet" else Path(weights).expanduser()
-    if not path.is_file():
-        raise UserError(f"VGG16 weights {path}: no such file")
     try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise OSError(0, "not a file")
         state = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:  # its content is not to blame
+        reason = (error.strerror or str(error)).lower()
+        raise UserError(f"VGG16 weights {path} cannot be read: {reason}") from error
     except Exception as error:  # damaged files raise many types
         raise UserError(
             f"VGG16 weights {path}: not a whole PyTorch file of tensors only "
@@ -104,7 +109,7 @@ def _download() -> Path:
     """torchvision's ImageNet weights in torch's cache folder, downloaded if they are missing."""
     url = VGG16_Weights.IMAGENET1K_V1.url
     path = Path(torch.hub.get_dir(), "checkpoints", Path(url).name)
-    if not path.exists():
+    if not os.path.exists(path):  # Path.exists raises PermissionError
         timeout = socket.getdefaulttimeout()
         socket.setdefaulttimeout(30)
         try:

@@ -1,5 +1,6 @@
 """Splits, batches, synthetic images, and CIFAR-10 on disk: extracted, as an archive, damaged."""
 
+import fcntl
 import gzip
 import hashlib
 import http.server
@@ -8,6 +9,8 @@ import pickle
 import tarfile
 import threading
 import time
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -107,6 +110,11 @@ def test_synthetic_images_have_natural_second_order_statistics():
     assert 0.7 < slope < 1.3
 
 
+def test_synthetic_images_beyond_memory_are_refused():
+    with pytest.raises(UserError, match="do not fit into memory: ask for fewer"):
+        data.synthetic(2**40, seed=0)
+
+
 def test_auto_uses_cifar10_if_on_disk(cifar, tmp_path_factory, capsys, monkeypatch):
     assert load("auto", cifar, test_size=None).name == "cifar10"
     assert capsys.readouterr().err == ""
@@ -133,6 +141,23 @@ def test_missing_data_dir_does_not_fall_back_to_synthetic(tmp_path):
     with pytest.raises(UserError, match="no such folder; name the folder"):
         load("auto", root)
     assert load("synthetic", root).name == "synthetic"
+
+
+@pytest.mark.parametrize("name", ["auto", "cifar10"])
+@pytest.mark.parametrize("place", ["mistyped", "secret/data", "x" * 300])
+def test_folder_that_cannot_be_looked_into_holds_nothing(tmp_path, monkeypatch, name, place):
+    """Beside or above --data-dir, or a name that is too long; root may look into every folder."""
+    (tmp_path / "secret").mkdir()
+    real = os.stat
+
+    def stat(path, *args, **settings):
+        if str(path).startswith(f"{tmp_path}/secret/"):
+            raise PermissionError(13, "Permission denied")
+        return real(path, *args, **settings)
+
+    monkeypatch.setattr(os, "stat", stat)
+    with pytest.raises(UserError, match="no such folder"):
+        load(name, tmp_path / place)
 
 
 def test_recompressed_archive_is_read(cifar):
@@ -234,6 +259,43 @@ def test_download(cifar, server, tmp_path_factory, monkeypatch):
     root = tmp_path_factory.mktemp("a") / "b" / "fresh"  # not beside a CIFAR-10
     root.mkdir(parents=True)
     assert torch.equal(data.cifar10(root, train=False), expected)
+
+
+@pytest.mark.parametrize("step", ["extract", "download"])
+def test_two_runs_share_one_download_and_one_extraction(
+    cifar, server, tmp_path_factory, monkeypatch, step
+):
+    """The second run starts in the middle of the first one's step, which then waits until the
+    second one has come to its lock."""
+    expected = data.cifar10(cifar, train=False)
+    archive = archive_instead_of_folder(cifar)
+    server.content = archive.read_bytes()
+    monkeypatch.setattr(CIFAR10, "url", f"http://127.0.0.1:{server.server_port}/x")
+    root = tmp_path_factory.mktemp("fresh") if step == "download" else cifar
+    owner, call = (tarfile, "open") if step == "extract" else (urllib.request, "urlopen")
+    real, lock = getattr(owner, call), fcntl.flock
+    begun, second, second_is_there = [], [], threading.Event()
+
+    def begin(*args, **settings):
+        begun.append(1)
+        if len(begun) == 1:
+            second.append(pool.submit(data.cifar10, root, train=False))
+            assert second_is_there.wait(60)
+        second_is_there.set()
+        return real(*args, **settings)
+
+    def flock(*args):
+        if begun:
+            second_is_there.set()
+        lock(*args)
+
+    monkeypatch.setattr(owner, call, begin)
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with ThreadPoolExecutor(1) as pool:
+        assert torch.equal(data.cifar10(root, train=False), expected)
+        assert torch.equal(second[0].result(), expected)
+    assert len(begun) == 1
+    assert {path.name for path in root.iterdir()} == {CIFAR10.base_folder, CIFAR10.filename}
 
 
 @pytest.mark.parametrize("fault", ["slow", "wrong", "refused", "no folder"])

@@ -2,6 +2,7 @@
 
 import pickle
 from functools import cache
+from pathlib import Path
 from urllib.error import URLError
 
 import pytest
@@ -99,8 +100,10 @@ def test_bad_weights(tmp_path, change, message, capsys):
 def test_bad_files(tmp_path):
     with pytest.raises(UserError, match="no such file"):
         PerceptualLoss(tmp_path / "none.pth")
-    with pytest.raises(UserError, match="no such file"):
+    with pytest.raises(UserError, match="cannot be read: not a file"):
         PerceptualLoss(tmp_path)
+    with pytest.raises(UserError, match="cannot be read: file name too long"):
+        PerceptualLoss(tmp_path / ("x" * 300))
     whole = save(tmp_path / "vgg.pth", good()).read_bytes()
     for content in (
         b"",
@@ -112,6 +115,20 @@ def test_bad_files(tmp_path):
         (tmp_path / "bad.pth").write_bytes(content)
         with pytest.raises(UserError, match="not a whole PyTorch file"):
             PerceptualLoss(str(tmp_path / "bad.pth"))
+
+
+@pytest.mark.parametrize(("owner", "call"), [(Path, "stat"), (torch, "load")])
+def test_weights_that_may_not_be_read(tmp_path, monkeypatch, owner, call):
+    """In a folder that may not be read, and a file; the tests may run as root, who reads all."""
+
+    def refuse(*args, **settings):
+        raise PermissionError(13, "Permission denied")
+
+    path = save(tmp_path / "vgg.pth", good())
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, call, refuse)
+        with pytest.raises(UserError, match="cannot be read: permission denied"):
+            PerceptualLoss(path)
 
 
 @pytest.mark.parametrize("size", [31, 0, -224])
