@@ -18,7 +18,7 @@ import pytest
 import torch
 from torchvision.datasets import CIFAR10
 
-from common import UserError, data
+from common import UserError, cifar10, data
 from common.transforms import reference_transform
 
 CPU = torch.device("cpu")
@@ -161,17 +161,17 @@ def test_folder_that_cannot_be_looked_into_holds_nothing(tmp_path, monkeypatch, 
 
 
 def test_recompressed_archive_is_read(cifar):
-    expected = data.cifar10(cifar, train=False)
+    expected = cifar10.cifar10(cifar, train=False)
     archive = archive_instead_of_folder(cifar)
     archive.write_bytes(gzip.compress(gzip.decompress(archive.read_bytes()), 1))
-    assert torch.equal(data.cifar10(cifar, train=False), expected)
+    assert torch.equal(cifar10.cifar10(cifar, train=False), expected)
 
 
 def test_folder_and_archive_give_the_same_images(cifar):
-    folder = data.cifar10(cifar, train=True)
+    folder = cifar10.cifar10(cifar, train=True)
     assert folder.shape == (100, 3, 32, 32)
     archive_instead_of_folder(cifar)
-    assert torch.equal(data.cifar10(cifar, train=True), folder)
+    assert torch.equal(cifar10.cifar10(cifar, train=True), folder)
 
 
 @pytest.mark.parametrize("name", ["auto", "cifar10"])
@@ -200,7 +200,7 @@ def test_file_replaced_while_reading_is_detected(cifar, monkeypatch):
             path.with_suffix(".new").replace(path)
             return whole
 
-    monkeypatch.setattr(data, "CIFAR10", Replaced)
+    monkeypatch.setattr(cifar10, "CIFAR10", Replaced)
     with pytest.raises(UserError, match=r"data_batch_2|changed while it was read"):
         load("cifar10", cifar)
 
@@ -253,12 +253,12 @@ def server(tmp_path_factory):
 
 
 def test_download(cifar, server, tmp_path_factory, monkeypatch):
-    expected = data.cifar10(cifar, train=False)
+    expected = cifar10.cifar10(cifar, train=False)
     server.content = archive_instead_of_folder(cifar).read_bytes()
     monkeypatch.setattr(CIFAR10, "url", f"http://127.0.0.1:{server.server_port}/x")
     root = tmp_path_factory.mktemp("a") / "b" / "fresh"  # not beside a CIFAR-10
     root.mkdir(parents=True)
-    assert torch.equal(data.cifar10(root, train=False), expected)
+    assert torch.equal(cifar10.cifar10(root, train=False), expected)
 
 
 @pytest.mark.parametrize("step", ["extract", "download"])
@@ -267,7 +267,7 @@ def test_two_runs_share_one_download_and_one_extraction(
 ):
     """The second run starts in the middle of the first one's step, which then waits until the
     second one has come to its lock."""
-    expected = data.cifar10(cifar, train=False)
+    expected = cifar10.cifar10(cifar, train=False)
     archive = archive_instead_of_folder(cifar)
     server.content = archive.read_bytes()
     monkeypatch.setattr(CIFAR10, "url", f"http://127.0.0.1:{server.server_port}/x")
@@ -279,7 +279,7 @@ def test_two_runs_share_one_download_and_one_extraction(
     def begin(*args, **settings):
         begun.append(1)
         if len(begun) == 1:
-            second.append(pool.submit(data.cifar10, root, train=False))
+            second.append(pool.submit(cifar10.cifar10, root, train=False))
             assert second_is_there.wait(60)
         second_is_there.set()
         return real(*args, **settings)
@@ -292,7 +292,7 @@ def test_two_runs_share_one_download_and_one_extraction(
     monkeypatch.setattr(owner, call, begin)
     monkeypatch.setattr(fcntl, "flock", flock)
     with ThreadPoolExecutor(1) as pool:
-        assert torch.equal(data.cifar10(root, train=False), expected)
+        assert torch.equal(cifar10.cifar10(root, train=False), expected)
         assert torch.equal(second[0].result(), expected)
     assert len(begun) == 1
     assert {path.name for path in root.iterdir()} == {CIFAR10.base_folder, CIFAR10.filename}
@@ -305,7 +305,7 @@ def test_failed_download_says_what_to_do(cifar, server, tmp_path_factory, monkey
     server.delay = 0.2 if fault == "slow" else 0
     port = 9 if fault == "refused" else server.server_port  # nothing listens on 9
     monkeypatch.setattr(CIFAR10, "url", f"http://127.0.0.1:{port}/x")
-    monkeypatch.setattr(data, "DOWNLOAD_LIMIT_S", 0.5)
+    monkeypatch.setattr(cifar10, "DOWNLOAD_LIMIT_S", 0.5)
     root = tmp_path_factory.mktemp("a") / "b" / "fresh"  # not beside a CIFAR-10
     root.mkdir(parents=True)
     if fault == "no folder":
@@ -322,7 +322,7 @@ def test_failed_download_says_what_to_do(cifar, server, tmp_path_factory, monkey
 @pytest.mark.skipif("DATA_DIR" not in os.environ, reason="DATA_DIR names no folder with CIFAR-10")
 def test_real_cifar10():
     root = Path(os.environ["DATA_DIR"])
-    if not data.cifar10_on_disk(root):
+    if not cifar10.cifar10_on_disk(root):
         pytest.skip(f"{root} holds no CIFAR-10")
     loaded = load("cifar10", root, train_size=None, test_size=None)
     assert [len(split.images) for split in loaded[2:]] == [45_000, 5_000, 10_000]

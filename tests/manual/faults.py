@@ -24,6 +24,7 @@ import bench
 import train_cnn
 import train_fc
 from common import UserError, checkpoints, cli, data, figures
+from common.cifar10 import cifar10_on_disk
 from common.transforms import fused_transform, matmul_transform
 from tests.runs import ROOT, SMALL, assert_equal_runs, quiet_environment
 
@@ -248,7 +249,7 @@ def images(numbers: random.Random, folder: Path) -> str:
                 path.write_bytes(numbers.randbytes(numbers.randrange(500)))
     if numbers.random() < 0.1:
         root = root / CIFAR10.filename
-    name = "cifar10" if data.cifar10_on_disk(root) else numbers.choice(["auto", "synthetic"])
+    name = "cifar10" if cifar10_on_disk(root) else numbers.choice(["auto", "synthetic"])
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             loaded = data.load(
