@@ -61,14 +61,15 @@ def main() -> None:
     parser.add_argument(
         "--compare", type=cli.path, metavar="PATH", help="best.pt of another CNN, shown beside it"
     )
-    args = cli.parse(parser, "cnn")  # the default of --out: runs/cnn
+    args = cli.parse(parser, "cnn")  # the default of --out: runs/cnn, runs/cnn-fixed, ...
     if args.dry_run:
         args.vgg_size = 32
     if args.plain:
         fast_cpu.enable(False)
     torch.manual_seed(args.seed)
     device = distributed.init(args)
-    claim(args)  # --out: one run at a time
+    fixed = {"epochs"}  # may not change under --resume, as the learning rate depends on it
+    claim(args, fixed)  # --out: one run at a time
     data = load_data(args, device)  # .train, .val, .test: uint8 images and their targets
 
     # --- model, loss, optimizer, early stopping --------------------------------------------------
@@ -90,8 +91,8 @@ def main() -> None:
     stopping = EarlyStopping(args.patience, args.min_delta, args.stop_rule)
     steps_per_epoch = math.ceil(len(data.train.images) / args.batch_size)
 
-    # --- what --resume restores; --epochs may not change, as the learning rate depends on it ------
-    run = Run(args, fixed={"epochs"}, model=model, optimizer=optimizer, stopping=stopping)
+    # --- what --resume restores ------------------------------------------------------------------
+    run = Run(args, fixed=fixed, model=model, optimizer=optimizer, stopping=stopping)
     run.start()  # from last.pt under --resume
     net = distributed.wrap(model)  # DistributedDataParallel under torchrun, else the model itself
 
