@@ -52,11 +52,11 @@ def main() -> None:
         help="default: $VGG16_WEIGHTS, else imagenet",
     )
     parser.add_argument(
-        "--vgg-size", type=cli.number(int, 32), default=224, help="pixels (default: 224)"
+        "--vgg-size", type=cli.number(int, 32), default=224, help="at least 32 (default: 224)"
     )
     cli.choice(parser, "--flip", "learned", "fixed")
     parser.add_argument(
-        "--plain", action="store_true", help="no fast path (FAST_CPU=0), no compilation"
+        "--plain", action="store_true", help="no fast path, as with FAST_CPU=0; no compilation"
     )
     parser.add_argument(
         "--compare", type=cli.path, metavar="PATH", help="best.pt of another CNN, shown beside it"
@@ -77,7 +77,8 @@ def main() -> None:
     models = {"CNN, perceptual loss" if args.perceptual else "CNN, MSE": model}
     if args.compare:
         other = ConvNet()
-        other.flip = load_checkpoint(Path(args.compare), other)["args"]["flip"]
+        flags = load_checkpoint(Path(args.compare), other).get("args", {})
+        other.flip = flags.get("flip", "learned")
         models[Path(args.compare).absolute().parent.name] = other.to(device)
     with distributed.first_rank_first():  # one rank downloads the VGG16
         loss_fn = (

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from common import UserError, distributed
 
 _locks: list[int] = []  # open folders
+WRITTEN = ("best.pt", "last.pt", "history.jsonl", "metrics.json", "loss.png", "samples.png")
+WRITTEN += ("bench-*",)  # what the scripts write into --out
 
 
 def claim(args: argparse.Namespace, fixed: set[str] = frozenset()) -> None:
@@ -63,9 +65,10 @@ def lock(folder: Path) -> None:
         raise UserError(f"--out {folder}: another run is writing there; name another") from error
     except OSError as error:  # some network file systems cannot lock folders
         print(f"{folder} cannot be locked: start no second run there ({error})", file=sys.stderr)
-    for leftover in folder.glob(".*.tmp"):
-        with suppress(OSError):
-            leftover.unlink()
+    for name in WRITTEN:
+        for leftover in folder.glob(f".{name}.tmp"):
+            with suppress(OSError):
+                leftover.unlink()
 
 
 def unlock() -> None:

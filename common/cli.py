@@ -101,7 +101,11 @@ def parser(
         default=os.environ.get("WANDB_MODE") or "offline",
         help="default: $WANDB_MODE, else offline",
     )
-    p.add_argument("--dry-run", action="store_true", help="2 epochs on a few images, in seconds")
+    p.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="2 epochs on a few images in batches of at most 32; replaces its own default folder",
+    )
     return p
 
 

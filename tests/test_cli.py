@@ -111,6 +111,26 @@ def test_resume_removes_results_of_the_previous_end(copy, monkeypatch):
     assert sorted(path.name for path in copy.iterdir()) == ["best.pt", "history.jsonl", "last.pt"]
 
 
+@pytest.mark.parametrize("flags", [[], ["--resume", "auto"]], ids=str)
+def test_complete_run_without_last_pt_is_kept(copy, capsys, flags):
+    (copy / "last.pt").unlink()
+    best = (copy / "best.pt").read_bytes()
+    flags = [*SMALL, "--epochs", 0, "--out", copy, *flags]
+    assert "--overwrite" in refused(capsys, train_fc, *flags)
+    assert (copy / "best.pt").read_bytes() == best
+    (copy / "metrics.json").unlink()  # as after a kill between the first two saves
+    run_script(train_fc, *flags)
+    assert (copy / "last.pt").exists()
+
+
+def test_resume_without_a_complete_epoch_needs_one(capsys, monkeypatch, tmp_path):
+    interrupt_at(monkeypatch, 2, signal.SIGTERM)
+    run_script(train_fc, *SMALL, "--epochs", 1, "--out", tmp_path / "cut", code=143)
+    capsys.readouterr()
+    flags = [*SMALL, "--epochs", 0, "--out", tmp_path / "cut", "--resume"]
+    assert "holds no complete epoch; resume with more" in refused(capsys, train_fc, *flags)
+
+
 @pytest.mark.parametrize("fault", ["missing", "of another run"])
 def test_resume_checks_best_pt_before_training(copy, tmp_path, capsys, fault):
     best = copy / "best.pt"
@@ -196,7 +216,7 @@ def test_ctrl_c_during_the_imports_prints_no_traceback(tmp_path):
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    for script in ("train_fc.py", "train_cnn.py"):
+    for script in ("train_fc.py", "train_cnn.py", "bench.py"):
         (tmp_path / script).write_text((ROOT / script).read_text())
         command = [sys.executable, str(tmp_path / script)]
         done = subprocess.run(
