@@ -38,7 +38,7 @@ PICTURES = {"fc": ("loss", "samples"), "cnn": ("samples",), "cnn-fixed-perceptua
 
 def collect(folder: Path) -> None:
     """Copies the results of one run of reproduce.sh to results/MACHINE/ of the machine they name.
-    Raises UserError for uncommitted code, and where a file of results/MACHINE/ is not among them."""
+    Raises UserError for uncommitted code, and where a file of results/MACHINE/ is missing."""
     path = next((folder / "bench").glob("bench-*.json"), None)
     if path is None:
         raise UserError(f"{folder} lacks bench/bench-*.json: name a folder of reproduce.sh")
