@@ -22,6 +22,12 @@ Leaves bench-MACHINE.json, the tables as Markdown, and three charts in --out. Fe
 than the defaults are marked. About 10 minutes on two CPU cores with AVX2.
 """
 
+if __name__ == "__main__":  # Ctrl-C during the imports ends the script without a traceback
+    import signal
+
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import copy
 import warnings
@@ -145,29 +151,32 @@ def in_bfloat16(net: nn.Module) -> Callable[[Tensor], Tensor]:
 
 
 def trained(make: Callable[[], nn.Module], path: str | None) -> tuple[nn.Module, str]:
-    """The net in the checkpoint at `path`, or in the newest that fits under runs/, or untrained;
-    and a note which it is."""
-    model = make().eval()
-    paths = [each for each in Path("runs").rglob("best.pt") if "dry-run" not in str(each)]
+    """The net in the checkpoint at `path`, or in the newest that fits under runs/ and is of no dry
+    run, or untrained; and a note which it is."""
+    paths = list(Path("runs").rglob("best.pt"))
     paths.sort(key=lambda each: each.stat().st_mtime, reverse=True)
     for each in [Path(path)] if path else paths:
+        model = make().eval()
         try:
             state = checkpoints.load_checkpoint(each, model)
         except UserError:
             if path:
                 raise
             continue
+        flags = state.get("args", {})
+        if flags.get("dry_run") and not path:
+            continue
         note = f"weights of {each}"
         if isinstance(model, ConvNet):  # whether it flips its input is no weight
-            model.flip = state.get("args", {}).get("flip", "learned")
+            model.flip = flags.get("flip", "learned")
             note += f", flip {model.flip}"
         return model, note
-    return model, "untrained"
+    return make().eval(), "untrained"
 
 
 def flags() -> argparse.Namespace:
     p = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    count, newest = cli.number(int, 1), "(default: the newest under runs/)"
+    count, newest = cli.number(int, 1), "(default: the newest under runs/, else untrained)"
     p.add_argument(
         "--runs", type=count, default=30, help="passes of each row (default: %(default)s)"
     )
@@ -178,7 +187,7 @@ def flags() -> argparse.Namespace:
     p.add_argument("--fc", type=cli.path, help=f"checkpoint of train_fc.py {newest}")
     p.add_argument("--cnn", type=cli.path, help=f"checkpoint of train_cnn.py {newest}")
     p.add_argument("--peers", action="store_true", help="time other libraries too")
-    p.add_argument("--out", type=cli.path, help="the results' folder (default: runs/bench)")
+    p.add_argument("--out", type=cli.path, help="default: runs/bench, or runs/bench-dry-run")
     p.add_argument("--dry-run", action="store_true", help="few images and runs, in seconds")
     args = p.parse_args()
     if args.dry_run:

@@ -52,23 +52,24 @@ def main() -> None:
         help="default: $VGG16_WEIGHTS, else imagenet",
     )
     parser.add_argument(
-        "--vgg-size", type=cli.number(int, 32), default=224, help="pixels (default: 224)"
+        "--vgg-size", type=cli.number(int, 32), default=224, help="at least 32 (default: 224)"
     )
     cli.choice(parser, "--flip", "learned", "fixed")
     parser.add_argument(
-        "--plain", action="store_true", help="no fast path (FAST_CPU=0), no compilation"
+        "--plain", action="store_true", help="no fast path, as with FAST_CPU=0; no compilation"
     )
     parser.add_argument(
         "--compare", type=cli.path, metavar="PATH", help="best.pt of another CNN, shown beside it"
     )
-    args = cli.parse(parser, "cnn")  # the default of --out: runs/cnn
+    args = cli.parse(parser, "cnn")  # the default of --out: runs/cnn, runs/cnn-fixed, ...
     if args.dry_run:
         args.vgg_size = 32
     if args.plain:
         fast_cpu.enable(False)
     torch.manual_seed(args.seed)
     device = distributed.init(args)
-    claim(args)  # --out: one run at a time
+    fixed = {"epochs"}  # may not change under --resume, as the learning rate depends on it
+    claim(args, fixed)  # --out: one run at a time
     data = load_data(args, device)  # .train, .val, .test: uint8 images and their targets
 
     # --- model, loss, optimizer, early stopping --------------------------------------------------
@@ -76,7 +77,8 @@ def main() -> None:
     models = {"CNN, perceptual loss" if args.perceptual else "CNN, MSE": model}
     if args.compare:
         other = ConvNet()
-        other.flip = load_checkpoint(Path(args.compare), other)["args"]["flip"]
+        flags = load_checkpoint(Path(args.compare), other).get("args", {})
+        other.flip = flags.get("flip", "learned")
         models[Path(args.compare).absolute().parent.name] = other.to(device)
     with distributed.first_rank_first():  # one rank downloads the VGG16
         loss_fn = (
@@ -90,8 +92,8 @@ def main() -> None:
     stopping = EarlyStopping(args.patience, args.min_delta, args.stop_rule)
     steps_per_epoch = math.ceil(len(data.train.images) / args.batch_size)
 
-    # --- what --resume restores; --epochs may not change, as the learning rate depends on it ------
-    run = Run(args, fixed={"epochs"}, model=model, optimizer=optimizer, stopping=stopping)
+    # --- what --resume restores ------------------------------------------------------------------
+    run = Run(args, fixed=fixed, model=model, optimizer=optimizer, stopping=stopping)
     run.start()  # from last.pt under --resume
     net = distributed.wrap(model)  # DistributedDataParallel under torchrun, else the model itself
 

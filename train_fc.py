@@ -53,7 +53,7 @@ def main() -> None:
     defaults = {key: getattr(recipe, key) for key in ("epochs", "batch_size", "lr", "min_delta")}
     parser = cli.parser(__doc__, parents=[model_flag], **defaults)
     cli.choice(parser, "--init", "random", "closed-form")
-    args = cli.parse(parser, "fc")  # the default of --out: runs/fc
+    args = cli.parse(parser, "fc")  # the default of --out: runs/fc, runs/fc-synthetic, ...
     torch.manual_seed(args.seed)
     device = distributed.init(args)
     claim(args)  # --out: one run at a time

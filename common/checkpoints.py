@@ -18,12 +18,14 @@ from torch import Tensor, nn
 from common import UserError, distributed
 
 _locks: list[int] = []  # open folders
+WRITTEN = ("best.pt", "last.pt", "history.jsonl", "metrics.json", "loss.png", "samples.png")
+WRITTEN += ("bench-*",)  # what the scripts write into --out
 
 
-def claim(args: argparse.Namespace) -> None:
+def claim(args: argparse.Namespace, fixed: set[str] = frozenset()) -> None:
     """Locks --out for this run; on the first rank. Replaces --resume auto by None if there is no
-    run. Raises UserError if there is nothing to resume, or if --out holds another run and
-    --overwrite is not given."""
+    run. fixed: as in `check_flags`. Raises UserError if there is nothing to resume, or if --out
+    holds another run and --overwrite is not given."""
     folder = Path(args.out)
     if distributed.rank() == 0:
         lock(folder)
@@ -32,11 +34,19 @@ def claim(args: argparse.Namespace) -> None:
         args.resume = None
     if args.resume and not last.exists():
         raise UserError(f"--resume: there is no {last}; leave --resume out to start")
-    if last.exists() and not args.resume and not args.overwrite:
+    if args.resume or args.overwrite:
+        return
+    other = "name another folder with --out, or replace the run with --overwrite"
+    if last.exists():
+        try:  # --resume would refuse other flags
+            check_flags(read_checkpoint(last).get("args"), args, fixed)
+        except UserError as error:
+            raise UserError(f"{error}: {other}") from error
         raise UserError(
-            f"{folder} holds a run; resume it: {distributed.resume_command()} "
-            "(or replace it with --overwrite, or name another folder with --out)"
+            f"{folder} holds a run; resume it: {distributed.resume_command()} (or {other})"
         )
+    if (folder / "best.pt").exists() and (folder / "metrics.json").exists():  # last.pt is large
+        raise UserError(f"{folder} holds a complete run without last.pt: {other}")
 
 
 def lock(folder: Path) -> None:
@@ -55,9 +65,10 @@ def lock(folder: Path) -> None:
         raise UserError(f"--out {folder}: another run is writing there; name another") from error
     except OSError as error:  # some network file systems cannot lock folders
         print(f"{folder} cannot be locked: start no second run there ({error})", file=sys.stderr)
-    for leftover in folder.glob(".*.tmp"):
-        with suppress(OSError):
-            leftover.unlink()
+    for name in WRITTEN:
+        for leftover in folder.glob(f".{name}.tmp"):
+            with suppress(OSError):
+                leftover.unlink()
 
 
 def unlock() -> None:
@@ -96,9 +107,9 @@ def write_text(path: Path, text: str) -> None:
     write(path, lambda file: file.write(text.encode()))
 
 
-def load_checkpoint(path: Path, model: nn.Module) -> dict[str, Any]:
-    """Loads the weights in `path` into `model` and returns the file's dict; runs no code from the
-    file. Raises UserError for a file that is missing, damaged, or of another model."""
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """The file's dict, with "model" in it; runs no code from the file. Raises UserError for a file
+    that is missing or damaged."""
     try:
         # torch does not verify the checksums that it writes. If one flipped bit marks an entry as
         # a folder, torch returns uninitialised memory. So torch reads a copy that zipfile verified.
@@ -111,13 +122,19 @@ def load_checkpoint(path: Path, model: nn.Module) -> dict[str, Any]:
                 copy.writestr(name, archive.read(name))
         checked.seek(0)
         state = torch.load(checked, map_location="cpu", weights_only=True)
-        weights = dict(state)["model"]
+        return {"model": state["model"], **state}  # raises if it is no dict, or without weights
     except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
         raise UserError(f"checkpoint {path}: {error.strerror}") from error
     except Exception as error:  # zipfile, pickle and torch raise many types for damaged files
         raise UserError(f"{path} is not a checkpoint, or is cut off or altered") from error
+
+
+def load_checkpoint(path: Path, model: nn.Module) -> dict[str, Any]:
+    """Loads the weights in `path` into `model` and returns the file's dict. Raises UserError as
+    `read_checkpoint`, and for a file of another model."""
+    state = read_checkpoint(path)
     try:
-        model.load_state_dict(weights)
+        model.load_state_dict(state["model"])
     except Exception as error:  # "model" may hold any object
         raise UserError(f"{path} is of another model than {type(model).__name__}") from error
     return state
@@ -137,13 +154,14 @@ MAY_CHANGE = {
 }
 
 
-def check_flags(saved: dict[str, Any], args: argparse.Namespace, fixed: set[str]) -> None:
+def check_flags(saved: Any, args: argparse.Namespace, fixed: set[str]) -> None:
     """Raises UserError if a flag differs from the checkpoint's, except flags in MAY_CHANGE that
     are not in `fixed`."""
+    saved = saved if isinstance(saved, dict) else {}  # the file may hold any object
     for key, value in vars(args).items():
         if key not in MAY_CHANGE - fixed and saved.get(key) != value:
             flag = "--" + key.replace("_", "-")
-            raise UserError(f"--resume: that run had {flag} {saved.get(key)}, not {value}")
+            raise UserError(f"the run in {args.out} had {flag} {saved.get(key)}, not {value}")
 
 
 def random_state() -> dict[str, Tensor]:

@@ -193,6 +193,8 @@ class Run:
     def _restore(self) -> None:
         if (self.out / "best.pt").exists():
             best = load_checkpoint(self.out / "best.pt", self.parts["model"])
+        elif self.args.epochs == 0:
+            raise UserError(f"--epochs 0: {self.out} holds no complete epoch; resume with more")
         else:
             best = {"epoch": 0}
         path = self.out / "last.pt"

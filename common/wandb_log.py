@@ -1,6 +1,7 @@
 """Logging to wandb, if it is installed and works. It never prompts and never ends a run."""
 
 import argparse
+import logging
 import os
 import sys
 from collections.abc import Callable
@@ -20,6 +21,8 @@ class WandbLog:
 
     def _init(self, args: argparse.Namespace, run_id: str) -> None:
         import wandb
+
+        logging.raiseExceptions = False  # on a full disk, a traceback for each line of wandb's log
 
         def start(mode: str) -> None:
             self.run = wandb.init(

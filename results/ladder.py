@@ -4,8 +4,8 @@ are in `RUNS`), fits the closed forms of Separable, scores all of them on the CI
 times them in turns, and writes ladder.json and ladder.png there.
 """
 
+import argparse
 import json
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from common import checkpoints, data, metrics, report
+from common import UserError, checkpoints, cli, data, metrics, report
 from common.cases import against
 from common.figures import plt, save
 from common.models import ConvNet, FullyConnected, Linear, Separable, separable_closed_form_
@@ -61,7 +61,11 @@ def fitted(images: Tensor) -> tuple[Separable, float]:
 
 
 def rows_of(folder: Path) -> tuple[list[dict[str, Any]], Tensor, Tensor]:
-    """The ladder without times; the test images and their targets."""
+    """The ladder without times; the test images and their targets. Raises UserError."""
+    for name, _ in RUNS.values():
+        for path in (folder / name / "metrics.json", folder / name / "best.pt"):
+            if not path.exists():
+                raise UserError(f"there is no {path}: name a folder of results/reproduce.sh")
     run = json.loads((folder / "fc" / "metrics.json").read_text())
     source = run["data"]["test_name"], run["args"]["data_dir"]
     test = data.images(*source, False, run["data"]["test"], seed=0)
@@ -140,7 +144,10 @@ def draw(path: Path, rows: list[dict[str, Any]]) -> None:
     save(figure, path)
 
 
-def main(folder: Path) -> None:
+def main() -> None:
+    parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    folder = parser.parse_args().folder
     keep_memory()
     torch.manual_seed(0)
     rows, *test = rows_of(folder)
@@ -152,4 +159,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    cli.run(main)

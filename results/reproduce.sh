@@ -11,6 +11,19 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-.venv/bin/python}
+
+fail() { # message
+    echo "reproduce.sh: error: $1" >&2
+    exit 2
+}
+
+case "$*" in
+"" | --quick | --gpu) ;;
+-h | --help) sed -n '2,/^set/s/^# \{0,1\}//p' results/reproduce.sh && exit ;;
+*) fail "no such arguments: $* (--help shows the usage)" ;;
+esac
+command -v $python >/dev/null ||
+    fail "there is no $python: make it with the README's first command, or name one in PYTHON="
 export WANDB_MODE=disabled
 
 quick= data=cifar10
@@ -18,9 +31,10 @@ if [ "${1:-}" = --quick ]; then
     quick="--train-size 64 --epochs 2" data=auto folder=runs/reproduce-quick
     export VGG16_WEIGHTS=${VGG16_WEIGHTS:-random}
     rm -rf $folder
+elif ! git rev-parse HEAD >/dev/null 2>&1; then
+    fail "this is no git checkout, whose commit the results name: clone the repository, or --quick"
 elif [ -n "$(git status --porcelain)" ]; then
-    echo "reproduce.sh: error: commit your changes first, so that the results name their code" >&2
-    exit 2
+    fail "commit your changes first, so that the results name their code"
 else
     code=$(git rev-parse HEAD:common HEAD:csrc HEAD:train_fc.py HEAD:train_cnn.py HEAD:bench.py |
         git hash-object --stdin)

@@ -7,12 +7,14 @@ The function NAME of this file or of results/claims.py returns the text between 
 and `<!-- end -->`. All files of a machine must come from the same code.
 """
 
+import argparse
 import json
+import os
 import re
 import shutil
 import statistics
 import subprocess
-import sys
+import tempfile
 from functools import cache
 from pathlib import Path
 
@@ -36,24 +38,40 @@ PICTURES = {"fc": ("loss", "samples"), "cnn": ("samples",), "cnn-fixed-perceptua
 
 def collect(folder: Path) -> None:
     """Copies the results of one run of reproduce.sh to results/MACHINE/ of the machine they name.
-    Raises UserError for uncommitted code."""
-    (path,) = (folder / "bench").glob("bench-*.json")
+    Raises UserError for uncommitted code, and where a file of results/MACHINE/ is missing."""
+    path = next((folder / "bench").glob("bench-*.json"), None)
+    if path is None:
+        raise UserError(f"{folder} lacks bench/bench-*.json: name a folder of reproduce.sh")
     environment = json.loads(path.read_text())["environment"]
     place = RESULTS / report.machine_name(environment, gpu=environment["gpu"] is not None)
     runs = {path: json.loads(path.read_text()) for path in sorted(folder.glob("*/metrics.json"))}
     for path, result in runs.items():
         if not result["environment"]["clean"]:
             raise UserError(f"{path} comes from code that was not committed")
-    shutil.rmtree(place, ignore_errors=True)
-    place.mkdir()
+    with tempfile.TemporaryDirectory(dir=RESULTS, ignore_cleanup_errors=True) as temporary:
+        aside = Path(temporary, place.name)
+        aside.mkdir()
+        copy(folder, runs, aside)
+        if lacking := sorted({each.name for each in place.glob("*")} - set(os.listdir(aside))):
+            raise UserError(
+                f"{folder} lacks {lacking[0]} of results/{place.name}/: finish it with "
+                "bash results/reproduce.sh (or delete that file first, if it is no longer made)"
+            )
+        shutil.rmtree(place, ignore_errors=True)
+        aside.rename(place)
+
+
+def copy(folder: Path, runs: dict[Path, dict], place: Path) -> None:
+    """Writes the files of results/MACHINE/ to `place`, without paths of this machine."""
     for path, result in runs.items():
         for key in ("data_dir", "vgg_weights"):  # paths of this machine say nothing to others
             if str(result["args"].get(key)).startswith(("/", "~")):
                 result["args"][key] = f"${'DATA_DIR' if key == 'data_dir' else 'VGG16_WEIGHTS'}"
         (place / f"train-{path.parent.name}.json").write_text(json.dumps(result, indent=2) + "\n")
     for name, pictures in PICTURES.items():
-        for picture in pictures if (folder / name).exists() else ():
-            shutil.copy(folder / name / f"{picture}.png", place / f"train-{name}-{picture}.png")
+        for picture in pictures:
+            if (path := folder / name / f"{picture}.png").exists():
+                shutil.copy(path, place / f"train-{name}-{picture}.png")
     for path in [*folder.glob("ladder.*"), *(folder / "bench").glob("bench-*")]:
         shutil.copy(path, place)
         if path.suffix == ".json":
@@ -235,8 +253,10 @@ def drawn(text: str) -> str:
 
 
 def main() -> None:
-    if len(sys.argv) > 1:
-        collect(Path(sys.argv[1]))
+    parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", nargs="?", type=Path)
+    if folder := parser.parse_args().folder:
+        collect(folder)
     for path in (README, RESULTS / "README.md"):
         path.write_text(drawn(path.read_text()))
 

@@ -430,6 +430,15 @@ def test_uses_the_newest_checkpoint_of_each_model():
     assert bench.trained(bench.Separable, None)[1] == "untrained"
     with pytest.raises(bench.UserError):
         bench.trained(FullyConnected, "runs/cnn/best.pt")
+    toy, few = Path("runs/reproduce-quick/best.pt"), FullyConnected()
+    toy.parent.mkdir()
+    torch.save({"model": few.state_dict(), "args": {"dry_run": True}}, toy)  # the newest
+    assert bench.trained(FullyConnected, None)[1] == "weights of runs/fc/best.pt"
+    assert bench.trained(FullyConnected, str(toy))[1] == f"weights of {toy}"
+    Path("runs/fc/best.pt").unlink()
+    net, note = bench.trained(FullyConnected, None)
+    assert note == "untrained"
+    assert not torch.equal(net.layers[1].weight, few.layers[1].weight)
 
 
 # --- what is left --------------------------------------------------------------------------------

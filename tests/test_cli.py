@@ -39,15 +39,20 @@ from tests.runs import (
         (train_cnn, ["--flip", "fixed"], "runs/cnn-fixed"),
         (train_cnn, ["--perceptual", "--precision", "bf16"], "runs/cnn-perceptual-bf16"),
         (train_cnn, ["--dry-run"], "runs/cnn-dry-run"),
+        (train_fc, ["--data-dir", "data"], "runs/fc-synthetic"),  # holds no CIFAR-10
+        (train_fc, ["--data-dir", "data", "--dry-run"], "runs/fc-dry-run"),
     ],
 )
-def test_each_variant_has_its_own_default_folder(script, flags, out, monkeypatch):
+def test_each_variant_has_its_own_default_folder(script, flags, out, monkeypatch, tmp_path):
     class Parsed(Exception):
         pass
 
     def stop(args):
         raise Parsed(args.out)
 
+    (tmp_path / "cifar10/cifar-10-batches-py").mkdir(parents=True)
+    monkeypatch.setenv("DATA_DIR", "cifar10")
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(script.distributed, "init", stop)
     monkeypatch.setattr(sys, "argv", ["train.py", *flags])
     with pytest.raises(Parsed, match=f"^{out}$"):
@@ -56,12 +61,30 @@ def test_each_variant_has_its_own_default_folder(script, flags, out, monkeypatch
 
 def test_run_is_replaced_only_with_overwrite(copy, capsys):
     before = {path.name: path.read_bytes() for path in copy.iterdir()}
-    err = refused(capsys, train_fc, *SMALL, "--seed", 1, "--out", copy)
-    assert f"--seed 1 --out {copy} --resume" in err
+    err = refused(capsys, train_fc, *SMALL, "--epochs", 2, "--out", copy)
+    assert f"--epochs 2 --out {copy} --resume" in err
     assert "--overwrite" in err
+    err = refused(capsys, train_fc, *SMALL, "--seed", 1, "--out", copy)  # --resume would refuse it
+    assert f"{copy} had --seed 0, not 1: name another folder with --out, or replace" in err
+    assert "--resume" not in err
     assert {path.name: path.read_bytes() for path in copy.iterdir()} == before
     run_script(train_fc, *SMALL, "--seed", 1, "--epochs", 1, "--out", copy, "--overwrite")
     assert torch.load(copy / "last.pt")["args"]["seed"] == 1
+
+
+def test_batch_size_beyond_the_images_and_auto_are_no_other_flags(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    flags = ["--train-size", 20, "--epochs", 0, "--data-dir", "data"]  # 18 images, batches of 100
+    run_script(train_fc, *flags)
+    assert capsys.readouterr().err.count("synthetic images instead") == 1
+    run_script(train_fc, *flags, code=2)
+    assert "runs/fc-synthetic holds a run; resume it" in capsys.readouterr().err
+
+
+def test_cnn_with_other_epochs_is_not_told_to_resume(tmp_path, capsys):
+    run_script(train_cnn, *SMALL, "--train-size", 20, "--epochs", 0, "--out", tmp_path)
+    flags = [*SMALL, "--train-size", 20, "--epochs", 1, "--out", tmp_path]
+    assert "had --epochs 0, not 1" in refused(capsys, train_cnn, *flags)
 
 
 def test_dry_run_in_its_default_folder_can_be_repeated(tmp_path, monkeypatch):
@@ -86,6 +109,26 @@ def test_resume_removes_results_of_the_previous_end(copy, monkeypatch):
     flags = [*SMALL, "--epochs", 3, "--out", copy]
     run_script(train_fc, *flags, "--resume", code=143)
     assert sorted(path.name for path in copy.iterdir()) == ["best.pt", "history.jsonl", "last.pt"]
+
+
+@pytest.mark.parametrize("flags", [[], ["--resume", "auto"]], ids=str)
+def test_complete_run_without_last_pt_is_kept(copy, capsys, flags):
+    (copy / "last.pt").unlink()
+    best = (copy / "best.pt").read_bytes()
+    flags = [*SMALL, "--epochs", 0, "--out", copy, *flags]
+    assert "--overwrite" in refused(capsys, train_fc, *flags)
+    assert (copy / "best.pt").read_bytes() == best
+    (copy / "metrics.json").unlink()  # as after a kill between the first two saves
+    run_script(train_fc, *flags)
+    assert (copy / "last.pt").exists()
+
+
+def test_resume_without_a_complete_epoch_needs_one(capsys, monkeypatch, tmp_path):
+    interrupt_at(monkeypatch, 2, signal.SIGTERM)
+    run_script(train_fc, *SMALL, "--epochs", 1, "--out", tmp_path / "cut", code=143)
+    capsys.readouterr()
+    flags = [*SMALL, "--epochs", 0, "--out", tmp_path / "cut", "--resume"]
+    assert "holds no complete epoch; resume with more" in refused(capsys, train_fc, *flags)
 
 
 @pytest.mark.parametrize("fault", ["missing", "of another run"])
@@ -173,7 +216,7 @@ def test_ctrl_c_during_the_imports_prints_no_traceback(tmp_path):
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    for script in ("train_fc.py", "train_cnn.py"):
+    for script in ("train_fc.py", "train_cnn.py", "bench.py"):
         (tmp_path / script).write_text((ROOT / script).read_text())
         command = [sys.executable, str(tmp_path / script)]
         done = subprocess.run(

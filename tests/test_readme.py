@@ -3,14 +3,17 @@ pictures, flags and commands exist."""
 
 import importlib
 import json
+import os
 import re
 import shlex
+import shutil
+import subprocess
 import sys
 
 import pytest
 
-from results import claims, tables
-from tests.runs import ROOT
+from results import claims, ladder, tables
+from tests.runs import ROOT, refused, run_script
 
 READMES = [tables.README, tables.RESULTS / "README.md"]
 RESULTS = sorted(tables.RESULTS.glob("*/*.json"))
@@ -101,3 +104,71 @@ def test_flags_exist(script, monkeypatch, capsys):
     }
     assert used
     assert all(flag in known for flag in used)
+
+
+@pytest.fixture
+def machine(tmp_path, monkeypatch):
+    """A folder of reproduce.sh that is complete, and results/MACHINE/ of the same run."""
+    environment = {"processor": "Some CPU", "instruction_sets": [], "gpu": None, "clean": True}
+    content = json.dumps({"environment": environment, "args": {}})
+    for path in ("bench/bench-some-cpu.json", "fc/metrics.json", "fc/loss.png", "fc/samples.png"):
+        (tmp_path / "new" / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "new" / path).write_text(content)
+    place = tmp_path / "results" / "some-cpu"
+    place.mkdir(parents=True)
+    for name in ("bench-some-cpu.json", "train-fc.json", "train-fc-loss.png"):
+        (place / name).write_text("old")
+    for name in ("README", "RESULTS"):
+        monkeypatch.setattr(tables, name, tmp_path / ("new.md" if name == "README" else "results"))
+    for path in (tables.README, tables.RESULTS / "README.md"):
+        path.touch()
+    return tmp_path / "new", place
+
+
+def test_results_are_replaced(machine):
+    folder, place = machine
+    run_script(tables, folder)
+    names = {"bench-some-cpu.json", "train-fc.json", "train-fc-loss.png", "train-fc-samples.png"}
+    assert {path.name for path in place.iterdir()} == names
+    assert (place / "train-fc.json").read_text() != "old"
+    assert sorted(path.name for path in tables.RESULTS.iterdir()) == ["README.md", "some-cpu"]
+
+
+@pytest.mark.parametrize("lost", ["bench", "fc", "fc/loss.png", ""])
+def test_results_stay_where_the_new_ones_are_incomplete(machine, capsys, lost):
+    folder, place = machine
+    shutil.rmtree(folder / lost) if (folder / lost).is_dir() else (folder / lost).unlink()
+    assert "lacks" in refused(capsys, tables, folder)
+    assert {path.read_text() for path in place.iterdir()} == {"old"}
+    assert len(list(place.iterdir())) == 3
+
+
+def test_ladder_needs_the_runs(capsys, tmp_path):
+    assert "cnn/metrics.json" in refused(capsys, ladder, tmp_path)
+    assert "folder" in refused(capsys, ladder)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--quik"], "--help"),
+        (["--quick", "--gpu"], "--help"),
+        (["--gpu"], "git checkout"),
+        (["--quick"], "PYTHON="),
+        (["--help"], ""),
+    ],
+)
+def test_reproduce_says_what_it_needs_before_it_starts(tmp_path, flags, words):
+    script = tmp_path / "results" / "reproduce.sh"  # outside of git, and without .venv
+    script.parent.mkdir()
+    shutil.copy(ROOT / "results" / "reproduce.sh", script)
+    environment = {**os.environ, "GIT_CEILING_DIRECTORIES": str(tmp_path.parent)}
+    environment |= {"PYTHON": "" if words == "PYTHON=" else sys.executable}
+    done = subprocess.run(["bash", script, *flags], env=environment, capture_output=True, text=True)
+    if words:
+        assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+        assert words in done.stderr
+    else:
+        assert (done.returncode, done.stderr) == (0, "")
+        assert "bash results/reproduce.sh --gpu" in done.stdout
+        assert "set -euo" not in done.stdout

@@ -3,6 +3,7 @@ the same folder. No state is lost, nothing hangs, and an error is one line."""
 
 import fcntl
 import io
+import logging
 import os
 import random
 import resource
@@ -152,9 +153,11 @@ def test_resume_restores_truncated_history_from_last_pt(finished, copy):
     text = (copy / "history.jsonl").read_text()
     (copy / "history.jsonl").write_text(text[:-40])
     (copy / ".last.pt.tmp").write_bytes(b"half")
+    (copy / ".mine.tmp").write_bytes(b"a user's")
     run_script(train_fc, *SMALL, "--epochs", 2, "--out", copy, "--resume")
     assert (copy / "history.jsonl").read_text() == text
     assert not (copy / ".last.pt.tmp").exists()
+    assert (copy / ".mine.tmp").exists()
 
 
 # --- the folder ----------------------------------------------------------------------------------
@@ -318,6 +321,22 @@ def test_resumed_run_keeps_its_wandb_id(tmp_path, monkeypatch):
     first, resumed, other = (settings["id"] for settings in begun)
     assert first == resumed != other
     assert all(settings["resume"] == "allow" for settings in begun)
+
+
+def test_wandb_on_a_full_disk_prints_no_traceback(tmp_path, monkeypatch, capsys):
+    class Full:
+        Settings = dict
+
+        @staticmethod
+        def init(**settings):
+            handler = logging.FileHandler("/dev/full")
+            handler.handle(logging.LogRecord("wandb", 40, "", 0, "a line", None, None))
+            handler.stream = io.StringIO()  # closes without its own error
+
+    monkeypatch.setattr(logging, "raiseExceptions", True)
+    monkeypatch.setitem(sys.modules, "wandb", Full)
+    run_script(train_fc, *SMALL, "--epochs", 0, "--wandb", "offline", "--out", tmp_path)
+    assert capsys.readouterr().err == ""
 
 
 def test_folder_name_that_is_not_utf8(tmp_path, monkeypatch):

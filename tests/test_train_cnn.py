@@ -69,6 +69,8 @@ def test_compare_evaluates_the_other_checkpoint(tmp_path):
     other = result["others"]["mse"]  # with its own --flip
     assert {key: other[key] for key in first["test"]} == pytest.approx(first["test"])
     assert other["terms"].keys() == {"loss", *TERMS}
+    torch.save({"model": ConvNet().state_dict()}, best)  # without the flags
+    run(*TINY, "--epochs", 0, "--out", tmp_path / "cnn", "--compare", best)
 
 
 @pytest.mark.parametrize(
