@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from common import UserError
 from common.checkpoints import unlock
-from common.data import choose
+from common.data import choose, held_out
 from common.distributed import is_lost, resume_command
 
 DRY_RUN = {"train_size": 320, "epochs": 2, "batch_size": 32}
@@ -126,7 +126,8 @@ VARIANTS = ("model", "init", "flip", "perceptual", "data", "stop_rule", "precisi
 
 
 def parse(p: Parser, name: str) -> argparse.Namespace:
-    """Parses the flags, and replaces --data auto by the data set found. The default of --out is
+    """Parses the flags. Replaces --data auto by the data set found, since a resumed run must use
+    the same one, and limits the batch size to the training images. The default of --out is
     runs/NAME plus the VARIANTS flags that are not at their default. Raises UserError."""
     args = p.parse_args()
     if args.resume and args.overwrite:
@@ -137,15 +138,12 @@ def parse(p: Parser, name: str) -> argparse.Namespace:
         for key, most in DRY_RUN.items():
             asked = getattr(args, key)
             setattr(args, key, most if asked is None else min(asked, most))
-    named = vars(args).copy()
     args.data = choose(args.data, args.data_dir)
-    if not args.dry_run:  # what --data auto finds may change: another folder then, and no refusal
-        named["data"] = args.data
-    images = args.train_size or 50_000  # load_data limits the batch size alike: `claim` compares it
-    args.batch_size = min(args.batch_size, images - max(1, images // 10))
+    images = args.train_size or 50_000
+    args.batch_size = min(args.batch_size, images - held_out(images))
     if args.out is None:
-        special = [key for key in VARIANTS if named.get(key) != p.get_default(key)]
-        values = [key if key == "perceptual" else named[key] for key in special]
+        special = [key for key in VARIANTS if getattr(args, key, None) != p.get_default(key)]
+        values = [key if key == "perceptual" else getattr(args, key) for key in special]
         words = [name, *(value for value in values if value != "cifar10")]
         args.out = "runs/" + "-".join([*words, *(["dry-run"] if args.dry_run else [])])
         args.overwrite |= args.dry_run and not args.resume  # a dry run needs no protection

@@ -34,10 +34,9 @@ class Data(NamedTuple):
 
 
 def load_data(args: argparse.Namespace, device: torch.device) -> Data:
-    """Loads the data that the flags select. Replaces --data auto by the data set found, since a
-    resumed run must use the same one. Raises UserError."""
+    """Loads the data that the flags select. Raises UserError."""
     with distributed.first_rank_first():  # one rank downloads
-        data = load(
+        return load(
             args.data,
             args.data_dir,
             test_name=args.test_data,
@@ -46,9 +45,6 @@ def load_data(args: argparse.Namespace, device: torch.device) -> Data:
             seed=args.seed,
             device=device,
         )
-    args.data = data.name
-    args.batch_size = min(args.batch_size, len(data.train.images))
-    return data
 
 
 def load(
@@ -68,9 +64,14 @@ def load(
     pool = images(name, root, True, train_size, seed)
     test = images(test_name, root, False, test_size, seed)
     order = torch.randperm(len(pool), generator=torch.Generator().manual_seed(seed))
-    held_out = max(1, len(pool) // 10)
-    splits = (pool[order[held_out:]], pool[order[:held_out]], test)
+    n = held_out(len(pool))
+    splits = (pool[order[n:]], pool[order[:n]], test)
     return Data(name, test_name, *(_with_targets(split.to(device)) for split in splits))
+
+
+def held_out(size: int) -> int:
+    """How many of the training images are for validation."""
+    return max(1, size // 10)
 
 
 def choose(name: str, root: str) -> str:

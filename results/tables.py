@@ -9,7 +9,6 @@ and `<!-- end -->`. All files of a machine must come from the same code.
 
 import argparse
 import json
-import os
 import re
 import shutil
 import statistics
@@ -39,24 +38,20 @@ PICTURES = {"fc": ("loss", "samples"), "cnn": ("samples",), "cnn-fixed-perceptua
 def collect(folder: Path) -> None:
     """Copies the results of one run of reproduce.sh to results/MACHINE/ of the machine they name.
     Raises UserError for uncommitted code, and where a file of results/MACHINE/ is missing."""
-    path = next((folder / "bench").glob("bench-*.json"), None)
-    if path is None:
+    if not (path := next((folder / "bench").glob("bench-*.json"), None)):
         raise UserError(f"{folder} lacks bench/bench-*.json: name a folder of reproduce.sh")
     environment = json.loads(path.read_text())["environment"]
     place = RESULTS / report.machine_name(environment, gpu=environment["gpu"] is not None)
     runs = {path: json.loads(path.read_text()) for path in sorted(folder.glob("*/metrics.json"))}
-    for path, result in runs.items():
-        if not result["environment"]["clean"]:
-            raise UserError(f"{path} comes from code that was not committed")
-    with tempfile.TemporaryDirectory(dir=RESULTS, ignore_cleanup_errors=True) as temporary:
+    if not_clean := [path for path, run in runs.items() if not run["environment"]["clean"]]:
+        raise UserError(f"{not_clean[0]} comes from code that was not committed")
+    with tempfile.TemporaryDirectory(dir=RESULTS) as temporary:
         aside = Path(temporary, place.name)
         aside.mkdir()
         copy(folder, runs, aside)
-        if lacking := sorted({each.name for each in place.glob("*")} - set(os.listdir(aside))):
-            raise UserError(
-                f"{folder} lacks {lacking[0]} of results/{place.name}/: finish it with "
-                "bash results/reproduce.sh (or delete that file first, if it is no longer made)"
-            )
+        new, old = ({each.name for each in path.glob("*")} for path in (aside, place))
+        if old - new:
+            raise UserError(f"{folder} lacks {min(old - new)}: finish it with results/reproduce.sh")
         shutil.rmtree(place, ignore_errors=True)
         aside.rename(place)
 
