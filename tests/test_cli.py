@@ -40,7 +40,7 @@ from tests.runs import (
         (train_cnn, ["--perceptual", "--precision", "bf16"], "runs/cnn-perceptual-bf16"),
         (train_cnn, ["--dry-run"], "runs/cnn-dry-run"),
         (train_fc, ["--data-dir", "data"], "runs/fc-synthetic"),  # holds no CIFAR-10
-        (train_fc, ["--data-dir", "data", "--dry-run"], "runs/fc-dry-run"),
+        (train_fc, ["--data-dir", "data", "--dry-run"], "runs/fc-synthetic-dry-run"),
     ],
 )
 def test_each_variant_has_its_own_default_folder(script, flags, out, monkeypatch, tmp_path):
