@@ -84,7 +84,7 @@ class Fused(nn.Module):
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
         self._steps: list[Step] = steps_of(self.fused_chain)
-        self._draws = any(step.draw is not None and not step.fixed for step in self._steps)
+        self._draws = any(step.draw and not step.fixed for step in self._steps)
         self._recipes: dict[tuple, _Recipe] = {}
         self._key = next(_keys)
         _modules[self._key] = self
@@ -105,10 +105,9 @@ class Fused(nn.Module):
     def forward(self, *inputs):
         sample = inputs if len(inputs) > 1 else inputs[0]
         if torch.compiler.is_compiling():
-            traced = type(sample) is Tensor and not self._draws
-            if traced or torch.compiler.is_exporting():
-                return self._traced(sample)
-            return _eager(self, *inputs)
+            plain = isinstance(sample, Tensor) and not isinstance(sample, tv_tensors.TVTensor)
+            traced = plain and (not self._draws or _exporting())
+            return self._traced(sample) if traced else _eager(self, *inputs)
         if isinstance(sample, (Tensor, PIL.Image.Image)):
             return self._images([sample])[0]
         flat, spec = tree_flatten(sample)
@@ -232,6 +231,11 @@ def _eager(module: Fused, *inputs):
 
 
 @torch.compiler.assume_constant_result
+def _exporting() -> bool:  # torch.compile of torch 2.11 takes the answer for True
+    return torch.compiler.is_exporting()
+
+
+@torch.compiler.assume_constant_result
 def _constants(key: int, dtype: torch.dtype, *shape: int) -> tuple[bool, list[tuple]]:
     """Of plain tensors, whether they become a tv_tensors.Image, and the passes of a module as
     tables and sizes; torch.compile runs this when it traces a call."""
@@ -239,7 +243,7 @@ def _constants(key: int, dtype: torch.dtype, *shape: int) -> tuple[bool, list[tu
     if recipe.passes is None:
         raise RuntimeError("fuse: torch.export takes no chain that draws")
     ops.load()
-    image = recipe.result is tv_tensors.Image and not torch.compiler.is_exporting()
+    image = recipe.result is tv_tensors.Image and not _exporting()
     return image, aside(_constants_of, recipe.passes, dtype)
 
 
