@@ -2,7 +2,8 @@
 `pip install --no-build-isolation .`, which installs the package `fused_transform` alone.
 
 FORCE_CUDA=1 builds the CUDA kernel without a visible GPU (then set TORCH_CUDA_ARCH_LIST),
-FORCE_CUDA=0 leaves it out; CUDA_HOME, TORCH_CUDA_ARCH_LIST, MAX_JOBS and CXX are respected.
+FORCE_CUDA=0 leaves it out; CUDA_HOME, TORCH_CUDA_ARCH_LIST, MAX_JOBS and CXX are respected (CXX
+without arguments, as torch quotes it).
 """
 
 import importlib.util
@@ -34,6 +35,16 @@ class Build(BuildExtension.with_options(no_python_abi_suffix=True)):
             stale.unlink()
         super().run()
 
+    def copy_file(self, source, target, *arguments, **options):
+        """Whole or not at all: to load a part of a library may end the process."""
+        part = f"{target}.part"
+        try:
+            super().copy_file(source, part, *arguments, **options)
+            os.replace(part, target)
+        finally:
+            Path(part).unlink(missing_ok=True)
+        return target, True
+
 
 force = os.environ.get("FORCE_CUDA")
 cuda = force == "1" or (force != "0" and torch.cuda.is_available() and CUDA_HOME is not None)
@@ -45,7 +56,7 @@ flags = _build.FLAGS + (["-DUSE_CUDA"] if cuda else [])
 extension = (CUDAExtension if cuda else CppExtension)(
     f"fused_transform.{_build.library_name(cuda)}",
     _build.SOURCES + (_build.CUDA_SOURCES if cuda else []),
-    depends=[f"csrc/{file.name}" for file in sorted(_build.ROOT.glob("csrc/*"))],
+    depends=[f"csrc/{file.name}" for file in _build.source_files()],
     extra_compile_args={"cxx": [*flags, "-fvisibility=hidden"], "nvcc": flags},
     py_limited_api=True,  # without Python.h or libtorch_python
 )

@@ -1,10 +1,13 @@
 """Where the operator's library comes from: built, stale, broken, without a compiler or CUDA."""
 
+import runpy
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import setuptools
 import torch
 
 from common.fused import _build, fused_transform
@@ -60,6 +63,60 @@ def test_a_stale_library_is_replaced(checkout, builds, capsys):
     assert not old.exists()
     assert len(builds) == 2
     assert "sources have changed" in capsys.readouterr().err
+
+
+def test_what_editors_leave_beside_the_sources_changes_nothing(checkout):
+    name = _build.library_name(False)
+    (checkout / "csrc" / ".#fused.cpp").symlink_to("me@host.1")
+    (checkout / "csrc" / ".ipynb_checkpoints").mkdir()
+    for left in (".fused.cpp.swp", "fused.cpp~", "a.out"):
+        (checkout / "csrc" / left).touch()
+    assert _build.library_name(False) == name
+
+
+def test_no_part_of_a_library_is_left(tmp_path, monkeypatch):
+    settings = {}
+    monkeypatch.setattr(setuptools, "setup", lambda **given: settings.update(given))
+    runpy.run_path(str(ROOT / "setup.py"))
+    build = settings["cmdclass"]["build_ext"](setuptools.Distribution())
+    old, new = tmp_path / "old.so", tmp_path / "new.so"
+    old.write_text("old")
+    new.write_text("new")
+
+    def full(_self, source, target, **options):
+        Path(target).write_text(Path(source).read_text()[:1])
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(setuptools.Command, "copy_file", full)
+        with pytest.raises(OSError, match="No space"):
+            build.copy_file(str(new), str(old))
+    assert [path.read_text() for path in sorted(tmp_path.iterdir())] == ["new", "old"]
+    build.copy_file(str(new), str(old))
+    assert [path.read_text() for path in sorted(tmp_path.iterdir())] == ["new", "new"]
+
+
+@pytest.mark.parametrize(
+    "before",
+    [
+        "torch.ops.load_library(_build.library())",
+        "from common.fused import _ops; _ops.load(); importlib.reload(_ops)",
+    ],
+)
+def test_gradients_after_the_library_was_loaded_otherwise(before):
+    code = f"""
+import importlib.util, torch
+spec = importlib.util.spec_from_file_location("_build", {_build.__file__!r})
+_build = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(_build)
+{before}
+from common.fused import fused_transform
+x = torch.rand(3, 8, 8, requires_grad=True)
+fused_transform(x).sum().backward()
+assert x.grad.sum() > 0
+"""
+    fused_transform(torch.zeros(3, 4, 4))  # builds it
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
 def test_installed_without_sources(checkout, builds):

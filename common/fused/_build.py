@@ -19,6 +19,7 @@ CUDA_SOURCES = ["csrc/fused_cuda.cu"]
 # libtorch's stable ABI as of 2.11: one library serves that torch and every later one
 FLAGS = ["-O3", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
 COMMAND = "python setup.py build_ext --inplace"
+SUFFIXES = (".cpp", ".cu", ".h", ".inc")
 _failed = None  # what the build of this process failed with: it is not tried again
 
 
@@ -27,11 +28,16 @@ def has_sources() -> bool:
     return (ROOT / SOURCES[0]).is_file() and (ROOT / "setup.py").is_file()
 
 
+def source_files() -> list[Path]:
+    """Without what editors leave beside them."""
+    return sorted(path for path in ROOT.glob("csrc/[!.]*") if path.suffix in SUFFIXES)
+
+
 def library_name(cuda: bool) -> str:
     """The name carries a digest of the sources, so that a stale library is never loaded, and
     whether the CUDA kernel is in it."""
     digest = hashlib.sha256()
-    for path in sorted((ROOT / "csrc").iterdir()):
+    for path in source_files():
         digest.update(path.read_bytes())
     digest.update(" ".join(FLAGS).encode())
     return f"_fused_{digest.hexdigest()[:12]}_{'cuda' if cuda else 'cpu'}"
@@ -75,7 +81,8 @@ def _build() -> Path:
         (HERE / ".writable").touch()  # a folder that is not must fail now, not after a minute
         (HERE / ".writable").unlink()
         command = [sys.executable, "setup.py", "build_ext", "--inplace"]
-        subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
+        held = {"pass_fds": [lock.fileno()]}  # until the build ends, even without this process
+        subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True, **held)
         for old in stale:
             old.unlink(missing_ok=True)
         path = built_library()

@@ -10,7 +10,6 @@ from . import _build
 NAMESPACE = "fused_transform"
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 forward = forward_out = differentiable = None  # the operators, once they are loaded
-_registrations = []  # which end with their object
 
 
 def load() -> None:
@@ -38,22 +37,24 @@ def _load(path: Path) -> None:
             f"fused_transform: this process has loaded {others[0]}, of another version of this "
             f"package, and cannot load {path} beside it: import one of the two"
         )
-    # this package may be imported under two names: installed, and from its sources
-    mine = not any(Path(other).name == path.name for other in torch.ops.loaded_libraries)
-    if mine:
+    if not any(Path(other).name == path.name for other in torch.ops.loaded_libraries):
         try:
             torch.ops.load_library(path)
         except OSError as error:
             raise RuntimeError(
                 f"{path} cannot be loaded: delete it and run {_build.COMMAND}"
             ) from error
+    ops = getattr(torch.ops, NAMESPACE)
+    # Once a process, and kept there: others may have loaded the library, and this module may be
+    # imported under two names (installed, and from its sources) or reloaded. Without them a
+    # gradient would be lost in silence.
+    if "registrations" not in vars(ops):
         torch.library.register_fake(f"{NAMESPACE}::separable_map", fake_plain)
         torch.library.register_fake(f"{NAMESPACE}::separable_map_out", fake_out)
         torch.library.register_fake(f"{NAMESPACE}::differentiable", fake_differentiable)
         autograd = torch.library.Library(NAMESPACE, "IMPL")
         autograd.impl("differentiable", Map.apply, "Autograd")
-        _registrations.append(autograd)
-    ops = getattr(torch.ops, NAMESPACE)
+        ops.registrations = autograd  # which ends with its object
     forward_out = ops.separable_map_out.default
     differentiable = ops.differentiable.default
     forward = ops.separable_map.default
