@@ -8,8 +8,9 @@ Training steps per second against the plain modules, two cores, `python -m tests
     EPYC with AVX2 alone, float32     1.3     1.0
 
 So float32 runs the plain modules. So does whatever could show a difference: hooks, changed layers,
-torch.compile, torch.func. A second derivative is that of the plain formula. `status` tells what
-ran and why. FAST_CPU=0 in the environment or `enable(False)` switches the fast path off.
+torch.compile, torch.func. A second derivative is that of the plain formula; batched gradients
+(`is_grads_batched`) raise, and dropout draws other numbers than the plain modules. `status` tells
+what ran and why. FAST_CPU=0 in the environment or `enable(False)` switches the fast path off.
 """
 
 import copy

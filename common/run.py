@@ -128,7 +128,7 @@ class Run:
 
     def log_epoch(self, count: int, val: dict[str, float], lr: float) -> None:
         """Ends the epoch: one line of the history on stdout and in wandb. count: the training
-        images; val: what `evaluate` returned; lr: of the last step. Raises UserError where a loss
+        images; val: what `evaluate` returned; lr: at its end. Raises UserError where a loss
         is not finite, before anything is saved."""
         line = {"epoch": self.epoch + 1}
         line |= {f"train_{name}": value.item() / count for name, value in self.sums.items()}

@@ -39,6 +39,7 @@ def test_black_and_non_finite_images_count_as_wrong(value):
     outputs[3] = value
     assert metrics.accuracy(outputs, targets, 0.95) == 0.9
     assert metrics.accuracy(targets, outputs, 0.95) == 0.9
+    assert metrics.score(outputs, targets)["psnr"] is not None  # None: an exact output
 
 
 def test_floor_is_the_score_of_one_gray_image():

@@ -125,6 +125,16 @@ def machine(tmp_path, monkeypatch):
     return tmp_path / "new", place
 
 
+def test_an_accuracy_is_that_of_the_most_images(monkeypatch):
+    scored = [(600, 1.0), (10_000, 0.9991), (100, None)]
+    rows = [
+        {"name": "cnn", "images": images, "accuracy_0.95": share, "note": "weights of x"}
+        for images, share in scored
+    ]
+    monkeypatch.setattr(tables, "bench", lambda machine: {"rows": rows})
+    assert tables.right("cnn", "here") == "99.91 %"
+
+
 def test_results_are_replaced(machine):
     folder, place = machine
     run_script(tables, folder)
