@@ -24,8 +24,9 @@ _failed = None  # what the build of this process failed with: it is not tried ag
 
 
 def has_sources() -> bool:
-    """Whether this is a checkout, and not an installed package."""
-    return (ROOT / SOURCES[0]).is_file() and (ROOT / "setup.py").is_file()
+    """Whether this is a checkout, and not an installed package (which may lie in a checkout)."""
+    files = [ROOT / SOURCES[0], ROOT / "setup.py"]
+    return HERE == ROOT / "common" / "fused" and all(path.is_file() for path in files)
 
 
 def source_files() -> list[Path]:
