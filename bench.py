@@ -163,7 +163,7 @@ def trained(make: Callable[[], nn.Module], path: str | None) -> tuple[nn.Module,
             if path:
                 raise
             continue
-        flags = state.get("args", {})
+        flags = state.get("args") or {}
         if flags.get("dry_run") and not path:
             continue
         note = f"weights of {each}"

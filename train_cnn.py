@@ -77,7 +77,7 @@ def main() -> None:
     models = {"CNN, perceptual loss" if args.perceptual else "CNN, MSE": model}
     if args.compare:
         other = ConvNet()
-        flags = load_checkpoint(Path(args.compare), other).get("args", {})
+        flags = load_checkpoint(Path(args.compare), other).get("args") or {}
         other.flip = flags.get("flip", "learned")
         models[Path(args.compare).absolute().parent.name] = other.to(device)
     with distributed.first_rank_first():  # one rank downloads the VGG16

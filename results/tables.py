@@ -164,8 +164,8 @@ def speed(machine: str = MACHINE, pipeline: str = "CPU pipeline") -> str:
 
 def right(name: str, machine: str) -> str:
     """A method's share at cosine 0.95, of the most images on which the benchmark has scored it."""
-    rows = [r for r in bench(machine)["rows"] if r["name"] == name and r["accuracy_0.95"]]
-    most = max(rows, key=lambda r: r["images"])
+    rows = (r for r in bench(machine)["rows"] if r["name"] == name)
+    most = max(rows, key=lambda r: (r["accuracy_0.95"] is not None, r["images"]))
     return "untrained" if most["note"].startswith("untrained") else share(most["accuracy_0.95"])
 
 

@@ -79,6 +79,8 @@ def test_arrays_where_to_image_comes_first():
     image, label = fuse(chain)((array, 3))
     assert (label, image.shape) == (3, (3, 9, 12))
     assert fuse(v2.Resize(9))((images(3, 12, 12), array))[1] is array
+    with pytest.raises(TypeError, match="plain tensor"):
+        fuse(chain)((array, images(12, 17)))
 
 
 def test_types_and_samples():

@@ -458,7 +458,12 @@ REFUSED = {
         dict(images=IMAGES.clone().requires_grad_(), out=torch.zeros(2, 1, 28, 28)),
         dict(out=torch.zeros(2, 1, 28, 28).requires_grad_()),
     ],
-    "must be tensors": [dict(images=None), dict(images=IMAGES.numpy()), dict(out=3)],
+    "must be tensors": [
+        dict(images=None),
+        dict(images=[[1.0]]),
+        dict(images=IMAGES.numpy()),
+        dict(out=3),
+    ],
     "no kernel for torch.sparse_coo": [dict(images=IMAGES.to_sparse())],
     "no kernel for nested": [dict(images=torch.nested.nested_tensor([IMAGES[0], IMAGES[1]]))],
     "no kernel for quantized": [

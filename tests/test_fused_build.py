@@ -129,6 +129,16 @@ def test_installed_without_sources(checkout, builds):
     assert len(builds) == 1
 
 
+def test_an_installed_package_in_a_checkout_is_none(checkout, builds, monkeypatch):
+    path = _build.library()
+    place = checkout / "vendor" / "fused_transform"
+    place.mkdir(parents=True)
+    monkeypatch.setattr(_build, "HERE", place)
+    shutil.copy(path, place)
+    (checkout / "csrc" / "fused.h").write_text("// changed")
+    assert _build.library() == place / path.name
+
+
 def test_without_a_compiler(checkout, monkeypatch):
     for name, value in {"CXX": "/nowhere/c++", "CC": "/nowhere/cc", "FORCE_CUDA": "0"}.items():
         monkeypatch.setenv(name, value)

@@ -172,7 +172,8 @@ def test_reproduce_says_what_it_needs_before_it_starts(tmp_path, flags, words):
     script = tmp_path / "results" / "reproduce.sh"  # outside of git, and without .venv
     script.parent.mkdir()
     shutil.copy(ROOT / "results" / "reproduce.sh", script)
-    environment = {**os.environ, "GIT_CEILING_DIRECTORIES": str(tmp_path.parent)}
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("GIT_")}
+    environment |= {"GIT_CEILING_DIRECTORIES": str(tmp_path.parent)}
     environment |= {"PYTHON": "" if words == "PYTHON=" else sys.executable}
     done = subprocess.run(["bash", script, *flags], env=environment, capture_output=True, text=True)
     if words:

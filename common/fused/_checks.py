@@ -57,6 +57,7 @@ def check_out(images: Tensor, out: Tensor) -> None:
 
 
 def check_constants(*constants) -> None:
-    wanted = [isinstance(x, Tensor) and x.requires_grad for x in constants]
-    if any(wanted) and torch.is_grad_enabled():
+    if torch.is_grad_enabled() and any(
+        isinstance(x, Tensor) and x.requires_grad for x in constants
+    ):
         raise RuntimeError("separable_map: mix, bias, low and high get no gradient: detach them")

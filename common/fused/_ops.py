@@ -6,16 +6,19 @@ from pathlib import Path
 import torch
 
 from . import _build
+from ._layout import fork_safe_lock
 
 NAMESPACE = "fused_transform"
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 forward = forward_out = differentiable = None  # the operators, once they are loaded
+_lock = fork_safe_lock()
 
 
 def load() -> None:
     """Loads the library, once a process; builds it where it is missing."""
-    if forward is None:
-        _load(_build.library())
+    with _lock:
+        if forward is None:
+            _load(_build.library())
 
 
 def load_if_built() -> None:

@@ -5,7 +5,6 @@ import itertools
 import weakref
 from dataclasses import dataclass
 
-import numpy as np
 import PIL.Image
 import torch
 from torch import Tensor, nn
@@ -19,9 +18,9 @@ from .bands import CPU
 from .colour import unclamped
 from .draws import draw_each
 from .passes import Pass, Passes
-from .samples import apply, check, images_of, items_of, of_array, show, spec_of, wrap
+from .samples import apply, check, images_of, items_of, show, spec_of, with_arrays, wrap
 from .step import NotFusable, Step
-from .steps import steps_of
+from .steps import flat, steps_of
 
 __all__ = ["NotFusable", "fuse"]
 KEPT = 256  # image sizes whose passes a module keeps
@@ -76,7 +75,7 @@ class Fused(nn.Module):
         super().__init__()
         steps_of(chain)  # its error comes here
         # a copy, as passes are kept: who changes the chain afterwards fuses it again
-        self.__setstate__({**self.__dict__, "fused_chain": copy.deepcopy(chain)})
+        self.__setstate__({**self.__dict__, "fused_chain": copy.deepcopy(flat(chain))})
 
     def __getstate__(self) -> dict:
         return {k: v for k, v in self.__dict__.items() if k not in ("_steps", "_recipes", "_key")}
@@ -84,7 +83,7 @@ class Fused(nn.Module):
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
         self._steps: list[Step] = steps_of(self.fused_chain)
-        self._draws = any(step.draw and not step.fixed for step in self._steps)
+        self._random = any(step.draw and not step.fixed for step in self._steps)
         self._recipes: dict[tuple, _Recipe] = {}
         self._key = next(_keys)
         _modules[self._key] = self
@@ -106,24 +105,24 @@ class Fused(nn.Module):
         sample = inputs if len(inputs) > 1 else inputs[0]
         if torch.compiler.is_compiling():
             plain = isinstance(sample, Tensor) and not isinstance(sample, tv_tensors.TVTensor)
-            traced = plain and (not self._draws or _exporting())
+            traced = plain and (not self._random or _exporting())
             return self._traced(sample) if traced else _eager(self, *inputs)
         if isinstance(sample, (Tensor, PIL.Image.Image)):
             return self._images([sample])[0]
-        flat, spec = tree_flatten(sample)
+        leaves, spec = tree_flatten(sample)
         if self._steps and self._steps[0].arrays:
-            flat = [of_array(x) if isinstance(x, np.ndarray) else x for x in flat]
-        chosen = images_of(flat)
-        plain = [x for x in flat if isinstance(x, Tensor) and x.dim() > 2]
-        if isinstance(sample, list) and len(chosen) == 1 and len(flat) == len(plain) > 1:
+            leaves = with_arrays(leaves)
+        chosen = images_of(leaves)
+        plain = [x for x in leaves if isinstance(x, Tensor) and x.dim() > 2]
+        if isinstance(sample, list) and len(chosen) == 1 and len(leaves) == len(plain) > 1:
             raise TypeError(
                 "fuse: of a list of plain tensors torchvision transforms only the first: stack "
                 "them, or make each a tv_tensors.Image"
             )
-        results = self._images([flat[i] for i in chosen])
+        results = self._images([leaves[i] for i in chosen])
         for i, result in zip(chosen, results, strict=True):
-            flat[i] = result
-        return tree_unflatten(flat, spec)
+            leaves[i] = result
+        return tree_unflatten(leaves, spec)
 
     def _traced(self, x: Tensor) -> Tensor:
         """For torch.compile and torch.export: of tensors, where nothing is drawn. The sizes are

@@ -174,7 +174,7 @@ def _write(images, *arguments) -> Tensor:
     out = arguments[-1]
     _ops.forward_out(images, *arguments)
     if not out.is_inference():
-        torch.autograd.graph.increment_version(out)
+        torch._C._increment_version((out,))  # torch.autograd.graph.increment_version, but faster
     return out
 
 
@@ -201,8 +201,8 @@ def _apply_recorded(images, tables, mix, sizes, affine, row_index, column_index,
     dtype = dtype or _result_type(images.dtype)
     bounds = None
     if affine is not None and dtype.is_floating_point:
-        compiled = torch.compiler.is_compiling()
-        affine, bounds = unclamped(affine) if compiled else aside(unclamped, affine)
+        direct = torch.compiler.is_compiling() or not torch._C._len_torch_dispatch_stack()
+        affine, bounds = unclamped(affine) if direct else aside(unclamped, affine)
     if isinstance(images, FakeTensor) and not images.fake_mode.allow_non_fake_inputs:
         *tables, mix, affine, bounds = (
             None if x is None else images.fake_mode.from_tensor(x)

@@ -30,9 +30,18 @@ def images_of(flat: list) -> list[int]:
     return chosen
 
 
-def of_array(array: np.ndarray) -> tv_tensors.Image:
-    """(H, W, C) or (H, W), as ToImage takes it; not copied."""
-    return tv_tensors.Image(torch.from_numpy(np.atleast_3d(array)).permute(2, 0, 1))
+def with_arrays(leaves: list) -> list:
+    """The same with an Image, not copied, for each (H, W, C) or (H, W) array, as ToImage does."""
+    arrays = [isinstance(x, np.ndarray) for x in leaves]
+    if any(arrays) and any(type(x) is Tensor and x.dim() > 1 for x in leaves):
+        raise TypeError(
+            "fuse: beside arrays, ToImage takes the first plain tensor for an image, too: make the "
+            "images tv_tensors.Image"
+        )
+    return [
+        tv_tensors.Image(torch.from_numpy(np.atleast_3d(x)).permute(2, 0, 1)) if array else x
+        for x, array in zip(leaves, arrays, strict=True)
+    ]
 
 
 def spec_of(image) -> tuple[type, torch.dtype, tuple[int, ...]]:

@@ -15,18 +15,18 @@ from .step import NotFusable, Step
 
 def steps_of(chain) -> list[Step]:
     """The steps of a transform, or of a container of them. Raises NotFusable."""
-    return [_step(i, transform) for i, transform in enumerate(_flat(chain))]
+    return [_step(i, transform) for i, transform in enumerate(flat(chain))]
 
 
-def _flat(chain) -> list:
+def flat(chain) -> list:
     if _runs_as(chain, v2.Compose) or _runs_as(chain, v1.Compose):
         chain = chain.transforms
     elif _runs_as(chain, nn.Sequential):
         chain = list(chain)
     elif hasattr(chain, "fused_chain"):
-        return _flat(chain.fused_chain)
+        return flat(chain.fused_chain)
     if isinstance(chain, (list, tuple)):
-        return [transform for part in chain for transform in _flat(part)]
+        return [transform for part in chain for transform in flat(part)]
     return [chain]
 
 
