@@ -412,6 +412,8 @@ def test_export_and_compile(tmp_path):
 def test_compile_of_chains_that_draw_or_make_images():
     x = torch.rand(4, 3, 20, 30)
     chain = fuse([v2.RandomResizedCrop(8), v2.RandomHorizontalFlip()])
+    with pytest.raises(RuntimeError, match="fuse runs chains that draw"):
+        torch.compile(chain, fullgraph=True, backend="aot_eager")(x)
     results = []
     for each in (chain, torch.compile(chain, backend="aot_eager")):
         torch.manual_seed(0)

@@ -223,7 +223,7 @@ _keys = itertools.count()
 _modules: "weakref.WeakValueDictionary[int, Fused]" = weakref.WeakValueDictionary()
 
 
-@torch.compiler.disable
+@torch.compiler.disable(reason="fuse runs chains that draw, and all but plain tensors, eagerly")
 def _eager(module: Fused, *inputs):
     """torch.compile is not to compile how bands are computed, which would round otherwise."""
     return module.forward(*inputs)
