@@ -13,13 +13,15 @@ the batch size from which on each net is faster than the chain ("crossover"), an
 photographs for the chains of ImageNet ("chains").
 
 How it times (common/timing.py): a row is bounded before it starts, by the time of a few images; its
-result is compared with torchvision's; the rows run interleaved; the table has the median and the
-interquartile range. A row that takes long makes fewer passes, or takes fewer images; one that would
-take minutes is skipped, and so is bfloat16 where the processor emulates it. On Linux the script
-starts Python anew, with a setting of glibc (`timing.restart`).
+result is compared with torchvision's; the rows run interleaved; a run is the mean of two passes at
+different times (on a GPU: one pass); the table has the runs' median and interquartile range. A row
+that takes long makes fewer passes, or takes fewer images; one that would take minutes is skipped,
+and so is bfloat16 where the processor emulates it. Each pass stands behind one of a copy of the
+images: what two runs of the benchmark are compared by is this ratio, "times_copy" in the JSON. On
+Linux the script starts Python anew, with a setting of glibc (`glibc.restart`).
 
 Leaves bench-MACHINE.json, the tables as Markdown, and three charts in --out. Fewer runs or images
-than the defaults are marked. About 10 minutes on two CPU cores with AVX2.
+than the defaults are marked. About 12 minutes on two CPU cores with AVX2.
 """
 
 if __name__ == "__main__":  # Ctrl-C during the imports ends the script without a traceback
@@ -38,14 +40,14 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from common import UserError, checkpoints, cli, data, distributed, photos, report, tables, timing
+from common import UserError, checkpoints, cli, data, distributed, glibc, photos, report, tables
 from common.cases import Method, against, assess, peer_cases, report_cases, sweep, tensor_cases
 from common.models import ConvNet, FullyConnected, Linear, Separable, chain_matrix
-from common.timing import BATCHED, SEQUENTIAL, add_ratios, check, keep_memory, measure, summary
+from common.timing import BATCHED, SEQUENTIAL, add_ratios, check, measure, summary
 from common.transforms import fused_transform, matmul_transform, reference_transform
 
 STANDARD = {"runs": 30, "images": 10_000, "batch_size": 100}
-BUDGET_S = 15  # for one row; beyond it a row makes fewer passes
+BUDGET_S = 8  # for one row; beyond it a row makes fewer passes
 NETS = {"fc": FullyConnected, "linear": Linear, "separable": Separable, "cnn": ConvNet}
 PIXELS, OUTPUTS = 3 * 32 * 32, 28 * 28  # of an image and of its result
 
@@ -55,7 +57,7 @@ def main() -> None:
     checkpoints.lock(args.out)
     devices = [torch.device(name) for name in distributed.devices(args.device)]
     warnings.filterwarnings("ignore", module="torch._dynamo")
-    keep_memory()
+    glibc.keep_memory()
 
     # --- images, ground truth, nets --------------------------------------------------------------
     data_name = data.choose(args.data, args.data_dir)
@@ -198,5 +200,5 @@ def flags() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    timing.restart()
+    glibc.restart()
     cli.run(main)

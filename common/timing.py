@@ -1,16 +1,14 @@
 """How bench.py times. Each case is bounded in time and its result compared before it is timed; the
-cases then run in turns, so that a disturbance meets all of them; what remains is the median and the
-interquartile range. On a GPU, device time between two events behind a flushed L2 cache."""
+cases then run in turns, so that a disturbance meets all of them; a run is the mean of a few passes,
+turns apart; what remains is the median and the interquartile range of the runs. Before each pass a
+copy of the images is timed: their ratio is nearly free of the machine's own changes. On a GPU,
+device time between two events behind a flushed L2 cache."""
 
-import ctypes
 import gc
-import os
 import statistics
-import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,8 +17,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-SEQUENTIAL, BATCHED = "torchvision sequential", "torchvision batched"
+SEQUENTIAL, BATCHED, COPY = "torchvision sequential", "torchvision batched", "copy"
 LEAST_RUNS = 3  # a slow case makes fewer passes than asked for, but never fewer than these
+# Passes of a run on the CPU. A core that is shared is slow for a second, then fast again: of single
+# passes the median is that of whichever state came more often.
+PASSES = 2
 NOISY = 0.1  # an IQR of more than this share of the median is marked
 
 
@@ -44,6 +45,10 @@ class Case:
     shape: tuple[int, ...] = (1, 28, 28)  # of one result
     synchronised: bool = True  # False: the clock does not wait for the GPU's last kernels
 
+    @property
+    def place(self) -> tuple[str, str]:
+        return self.device, self.protocol
+
 
 @dataclass
 class Timing:
@@ -54,9 +59,10 @@ class Timing:
     failed: bool = False
     scores: dict[str, float] = field(default_factory=dict)
     once: float = 0.0  # roughly the seconds of a pass
-    runs: int = 0
+    passes: int = 0
     inner_loops: int = 1  # passes that are timed together, where one is too short for the clock
     times: list[float] = field(default_factory=list)
+    ratios: list[float] = field(default_factory=list)  # of the times to a copy's, for an image
     host: list[float] = field(default_factory=list)
 
 
@@ -159,18 +165,37 @@ def seconds(timing: Timing) -> float:
 
 
 def measure(timings: list[Timing], runs: int, budget: float) -> None:
-    """Fills `times`: in turns, one pass each a round; a case whose passes would take more than
-    `budget` seconds in all takes part in some rounds only, spread over the whole run."""
+    """Fills `times`, and `ratios` where a case of the same device and protocol is a copy. The cases
+    make their passes in turns; a run is the mean of PASSES of them (on a GPU: one pass). A case
+    whose passes would take more than `budget` seconds in all takes part in some turns only, spread
+    over the whole time."""
+    turns = PASSES * runs
+    copies: dict[tuple, Timing] = {}
     for timing in timings:
         if timing.once < 1:  # else `check` has taken long enough to know
             timing.once = max(seconds(timing), 1e-9)
-        timing.runs = max(min(LEAST_RUNS, runs), min(runs, int(budget / timing.once)))
+        most = runs if timing.case.device == "cuda" else turns
+        timing.passes = max(min(LEAST_RUNS, runs), min(most, int(budget / timing.once)))
         timing.inner_loops = max(1, int(1e-3 / timing.once))
         timing.host.clear()
-    for run in tqdm(range(runs), "timing", leave=False, disable=None):
+        if timing.case.name == COPY:
+            copies.setdefault(timing.case.place, timing)
+    for turn in tqdm(range(turns), "timing", leave=False, disable=None):
         for timing in timings:
-            if run * timing.runs % runs < timing.runs:
+            if turn * timing.passes % turns < timing.passes:
+                copy = copies.get(timing.case.place)
+                before = copy and seconds(copy) / copy.case.images
                 timing.times.append(seconds(timing))
+                if before:
+                    timing.ratios.append(timing.times[-1] / timing.case.images / before)
+    for timing in timings:
+        count = min(runs, timing.passes)
+        timing.times, timing.ratios = means(timing.times, count), means(timing.ratios, count)
+
+
+def means(values: list[float], count: int) -> list[float]:
+    """Of `count` parts of the values, in their order."""
+    return [part.mean().item() for part in np.array_split(values, count) if len(part)]
 
 
 # --- what it comes to --------------------------------------------------------------------------
@@ -184,6 +209,7 @@ def summary(timing: Timing) -> dict[str, Any]:
     keys = ("mean_s", "median_s", "iqr_s", "min_s", "images_per_s", "us_per_image")
     row |= dict.fromkeys((*keys, "host_us_per_call", "noisy"))
     row |= dict.fromkeys(("speedup", "speedup_sequential", "share_of_copy"))
+    row |= dict.fromkeys(("times_copy", "times_copy_iqr"))
     if times:
         low, median, high = np.percentile(times, (25, 50, 75)).tolist()
         spread = high - low if len(times) > 2 else None
@@ -193,6 +219,9 @@ def summary(timing: Timing) -> dict[str, Any]:
         )
         row["noisy"] = None if spread is None else spread > NOISY * median
         row["host_us_per_call"] = 1e6 * statistics.median(timing.host) if timing.host else None
+    if timing.ratios:
+        low, row["times_copy"], high = np.percentile(timing.ratios, (25, 50, 75)).tolist()
+        row["times_copy_iqr"] = high - low
     row |= dict.fromkeys(("max_abs_error", "accuracy_0.95"))
     row |= timing.scores
     row |= {"note": timing.note, "kind": case.kind, "peer": case.kind == "peer"}
@@ -226,23 +255,3 @@ def add_ratios(rows: list[dict], batched: str = BATCHED, sequential: str = SEQUE
         rates = [r["bytes_moved"] / r["median_s"] for r in copies if r["device"] == row["device"]]
         if row["bytes_moved"] and rates:
             row["share_of_copy"] = row["bytes_moved"] / row["median_s"] / max(rates)
-
-
-def restart() -> None:
-    """Starts Python anew, once, with a setting that glibc reads at its start: no cache of small
-    blocks for each thread. A block in it splits the memory that a result has left. Then the next
-    result takes new memory, whose pages the system clears: of a batch of photographs some runs took
-    twice as long. Calls on images of a few pixels take as long with the setting as without."""
-    mine = sys.platform == "linux" and sys.argv[0] in sys.orig_argv  # and not IPython's process
-    if mine and not {"GLIBC_TUNABLES", "BENCH_RESTARTED"} & os.environ.keys():
-        os.environ |= {"GLIBC_TUNABLES": "glibc.malloc.tcache_count=0", "BENCH_RESTARTED": "1"}
-        os.execv(sys.executable, sys.orig_argv)
-
-
-def keep_memory() -> None:
-    """Tells glibc to keep what is freed. By itself it decides by what was freed before, and a row
-    would take up to four times as long by the rows before it."""
-    with suppress(AttributeError):  # another C library
-        libc = ctypes.CDLL(None)
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
-        libc.mallopt(-4, 0)  # M_MMAP_MAX: a result of 38 MB would be mapped, and faulted in, anew

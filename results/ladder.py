@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from common import UserError, checkpoints, cli, data, metrics, report
 from common.cases import against
 from common.figures import plt, save
+from common.glibc import keep_memory
 from common.models import ConvNet, FullyConnected, Linear, Separable, separable_closed_form_
-from common.timing import Case, check, keep_memory, measure
+from common.timing import Case, check, measure
 from common.transforms import _resize_matrix, matmul_transform, reference_transform
 
 RUNS = {  # row -> the run's folder and its net

@@ -13,7 +13,7 @@ import torch
 from torchvision.transforms import v2
 
 from common.fused import fuse
-from common.timing import keep_memory
+from common.glibc import keep_memory
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
