@@ -16,9 +16,8 @@ How it times (common/timing.py): a row is bounded before it starts, by the time 
 result is compared with torchvision's; the rows run interleaved; a run is the mean of two passes at
 different times (on a GPU: one pass); the table has the runs' median and interquartile range. A row
 that takes long makes fewer passes, or takes fewer images; one that would take minutes is skipped,
-and so is bfloat16 where the processor emulates it. Each pass stands behind one of a copy of the
-images: what two runs of the benchmark are compared by is this ratio, "times_copy" in the JSON. On
-Linux the script starts Python anew, with a setting of glibc (`glibc.restart`).
+and so is bfloat16 where the processor emulates it. On Linux the script starts Python anew, with a
+setting of glibc (`glibc.restart`).
 
 Leaves bench-MACHINE.json, the tables as Markdown, and three charts in --out. Fewer runs or images
 than the defaults are marked. About 12 minutes on two CPU cores with AVX2.

@@ -7,7 +7,6 @@ from typing import Any
 from matplotlib.patches import Patch
 
 from common.figures import plt, save
-from common.timing import COPY
 
 HERE, PEER, TORCHVISION, REPORT = "tab:blue", "tab:orange", "tab:gray", "white"
 MARKS = {"torchvision sequential": "o", "torchvision batched": "s", "fused": "D"}
@@ -41,7 +40,7 @@ def chains(path: Path, rows: list[dict[str, Any]], titles: dict[str, str], title
     torchvision's fastest form and the error."""
     panels: dict[tuple, list] = {}
     for row in rows:
-        if row["median_s"] and row["name"] != COPY:
+        if row["median_s"] and row["name"] != "copy":
             text = f"{row['name']}, {'one by one' if row['batch'] == 1 else 'batch'}"
             beside = f"{row['speedup']:.3g}x" if row["speedup"] else ""
             if row.get("mean_levels") is not None:

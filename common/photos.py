@@ -16,7 +16,7 @@ from common import data
 from common.fused import fuse
 from common.peers import passes
 from common.photo_peers import MEAN, PHOTO_PEERS, SIDE, STD, Draw
-from common.timing import COPY, Case, add_ratios, check, fidelity, measure, summary
+from common.timing import Case, add_ratios, check, fidelity, measure, summary
 
 HEIGHT, WIDTH = 375, 500
 BUDGET_S = 5  # for one row
@@ -98,7 +98,7 @@ def chain_cases(name: str, images: Tensor, device: torch.device) -> Iterator[Cas
         "float": (data.to_float(here), "float32"),
     }
     space = torch.empty_like(here)
-    head, note = (COPY, device, name, "uint8", len(here)), "copy_ of the images"
+    head, note = ("copy", device, name, "uint8", len(here)), "copy_ of the images"
     yield case(*head, [here], space.copy_, "part", note)
     libraries = {"torchvision": lambda each: each, "fuse": fuse}
     for library, make in libraries.items():

@@ -1,8 +1,7 @@
 """How bench.py times. Each case is bounded in time and its result compared before it is timed; the
 cases then run in turns, so that a disturbance meets all of them; a run is the mean of a few passes,
-turns apart; what remains is the median and the interquartile range of the runs. Before each pass a
-copy of the images is timed: their ratio is nearly free of the machine's own changes. On a GPU,
-device time between two events behind a flushed L2 cache."""
+turns apart; what remains is the median and the interquartile range of the runs. On a GPU, device
+time between two events behind a flushed L2 cache."""
 
 import gc
 import statistics
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-SEQUENTIAL, BATCHED, COPY = "torchvision sequential", "torchvision batched", "copy"
+SEQUENTIAL, BATCHED = "torchvision sequential", "torchvision batched"
 LEAST_RUNS = 3  # a slow case makes fewer passes than asked for, but never fewer than these
 # Passes of a run on the CPU. A core that is shared is slow for a second, then fast again: of single
 # passes the median is that of whichever state came more often.
@@ -45,10 +44,6 @@ class Case:
     shape: tuple[int, ...] = (1, 28, 28)  # of one result
     synchronised: bool = True  # False: the clock does not wait for the GPU's last kernels
 
-    @property
-    def place(self) -> tuple[str, str]:
-        return self.device, self.protocol
-
 
 @dataclass
 class Timing:
@@ -62,7 +57,6 @@ class Timing:
     passes: int = 0
     inner_loops: int = 1  # passes that are timed together, where one is too short for the clock
     times: list[float] = field(default_factory=list)
-    ratios: list[float] = field(default_factory=list)  # of the times to a copy's, for an image
     host: list[float] = field(default_factory=list)
 
 
@@ -165,12 +159,10 @@ def seconds(timing: Timing) -> float:
 
 
 def measure(timings: list[Timing], runs: int, budget: float) -> None:
-    """Fills `times`, and `ratios` where a case of the same device and protocol is a copy. The cases
-    make their passes in turns; a run is the mean of PASSES of them (on a GPU: one pass). A case
-    whose passes would take more than `budget` seconds in all takes part in some turns only, spread
-    over the whole time."""
+    """Fills `times`. The cases make their passes in turns; a run is the mean of PASSES of them (on
+    a GPU: one pass). A case whose passes would take more than `budget` seconds in all takes part in
+    some turns only, spread over the whole time."""
     turns = PASSES * runs
-    copies: dict[tuple, Timing] = {}
     for timing in timings:
         if timing.once < 1:  # else `check` has taken long enough to know
             timing.once = max(seconds(timing), 1e-9)
@@ -178,24 +170,13 @@ def measure(timings: list[Timing], runs: int, budget: float) -> None:
         timing.passes = max(min(LEAST_RUNS, runs), min(most, int(budget / timing.once)))
         timing.inner_loops = max(1, int(1e-3 / timing.once))
         timing.host.clear()
-        if timing.case.name == COPY:
-            copies.setdefault(timing.case.place, timing)
     for turn in tqdm(range(turns), "timing", leave=False, disable=None):
         for timing in timings:
             if turn * timing.passes % turns < timing.passes:
-                copy = copies.get(timing.case.place)
-                before = copy and seconds(copy) / copy.case.images
                 timing.times.append(seconds(timing))
-                if before:
-                    timing.ratios.append(timing.times[-1] / timing.case.images / before)
     for timing in timings:
-        count = min(runs, timing.passes)
-        timing.times, timing.ratios = means(timing.times, count), means(timing.ratios, count)
-
-
-def means(values: list[float], count: int) -> list[float]:
-    """Of `count` parts of the values, in their order."""
-    return [part.mean().item() for part in np.array_split(values, count) if len(part)]
+        parts = np.array_split(timing.times, min(runs, timing.passes))
+        timing.times = [part.mean().item() for part in parts]
 
 
 # --- what it comes to --------------------------------------------------------------------------
@@ -209,7 +190,6 @@ def summary(timing: Timing) -> dict[str, Any]:
     keys = ("mean_s", "median_s", "iqr_s", "min_s", "images_per_s", "us_per_image")
     row |= dict.fromkeys((*keys, "host_us_per_call", "noisy"))
     row |= dict.fromkeys(("speedup", "speedup_sequential", "share_of_copy"))
-    row |= dict.fromkeys(("times_copy", "times_copy_iqr"))
     if times:
         low, median, high = np.percentile(times, (25, 50, 75)).tolist()
         spread = high - low if len(times) > 2 else None
@@ -219,9 +199,6 @@ def summary(timing: Timing) -> dict[str, Any]:
         )
         row["noisy"] = None if spread is None else spread > NOISY * median
         row["host_us_per_call"] = 1e6 * statistics.median(timing.host) if timing.host else None
-    if timing.ratios:
-        low, row["times_copy"], high = np.percentile(timing.ratios, (25, 50, 75)).tolist()
-        row["times_copy_iqr"] = high - low
     row |= dict.fromkeys(("max_abs_error", "accuracy_0.95"))
     row |= timing.scores
     row |= {"note": timing.note, "kind": case.kind, "peer": case.kind == "peer"}
