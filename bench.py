@@ -20,7 +20,7 @@ and so is bfloat16 where the processor emulates it. On Linux the script starts P
 setting of glibc (`glibc.restart`).
 
 Leaves bench-MACHINE.json, the tables as Markdown, and three charts in --out. Fewer runs or images
-than the defaults are marked. About 12 minutes on two CPU cores with AVX2.
+than the defaults are marked. With --peers under 20 minutes on two CPU cores with AVX2.
 """
 
 if __name__ == "__main__":  # Ctrl-C during the imports ends the script without a traceback
