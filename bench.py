@@ -20,7 +20,7 @@ and so is bfloat16 where the processor emulates it. On Linux the script starts P
 setting of glibc (`glibc.restart`).
 
 Leaves bench-MACHINE.json, the tables as Markdown, and three charts in --out. Fewer runs or images
-than the defaults are marked. With --peers under 20 minutes on two CPU cores with AVX2.
+than the defaults are marked. On two CPU cores with AVX2 under 12 minutes, with --peers under 20.
 """
 
 if __name__ == "__main__":  # Ctrl-C during the imports ends the script without a traceback
@@ -178,9 +178,7 @@ def trained(make: Callable[[], nn.Module], path: str | None) -> tuple[nn.Module,
 def flags() -> argparse.Namespace:
     p = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     count, newest = cli.number(int, 1), "(default: the newest under runs/, else untrained)"
-    p.add_argument(
-        "--runs", type=count, default=30, help="passes of each row (default: %(default)s)"
-    )
+    p.add_argument("--runs", type=count, default=30, help="runs of each row (default: %(default)s)")
     p.add_argument("--images", type=count, default=10_000, help="default: %(default)s")
     p.add_argument("--batch-size", type=count, default=100, help="default: %(default)s")
     cli.choice(p, "--device", "auto", "cpu", "cuda", note=", both")

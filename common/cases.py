@@ -18,9 +18,12 @@ from common.transforms import fused_transform
 TOLERANCE = 1e-5  # of a row that computes the chain itself, in float32
 BF16_SETS = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")  # x86, ARM; named as torch does
 PROBED = 8  # images that a method is probed with
-PASS_S = 2  # of protocol `tensor`; beyond it a pass takes fewer images
+# Of protocol `tensor`: a pass that would take longer takes fewer images, since a row of few passes
+# has met few of the machine's states.
+PASS_S = 0.25
 PASS_LIMIT_S = 60  # of protocol `report`; beyond it the row is skipped
 SWEEP = [2**k for k in range(13)]  # batch sizes: 1 to 4,096
+SWEEP_BATCH_S = 2  # beyond it a batch size is left out
 SWEEP_RUNS, SWEEP_BUDGET_S = 9, 0.3
 
 
@@ -120,10 +123,16 @@ def tensor_cases(method: Method, args: Any) -> Iterator[Case]:
     """The rows of protocol `tensor`. A slow method takes some of the images only."""
     sizes = {args.batch_size} | (set() if args.dry_run else {1000, args.images})
     for size in sorted({min(size, method.largest, args.images) for size in sizes}):
-        count = len(method.source)
-        if method.cost * count > PASS_S:
-            count = min(count, max(1, int(PASS_S / method.cost) // size) * size)
+        count = affordable(method.cost, len(method.source), size)
         yield batches(method, method.source[:count], size)
+
+
+def affordable(cost: float, images: int, size: int) -> int:
+    """How many of the images a pass takes: whole batches for PASS_S, one at least. cost: seconds an
+    image."""
+    if cost * images <= PASS_S:
+        return images
+    return min(images, max(1, int(PASS_S / cost) // size) * size)
 
 
 def batches(method: Method, source: Tensor, size: int) -> Case:
@@ -137,13 +146,13 @@ def batches(method: Method, source: Tensor, size: int) -> Case:
 
 
 def sweep(table: list[Method], args: Any) -> list[dict]:
-    """Rows of one batch of each size, as long as one takes no more than PASS_S."""
+    """Rows of one batch of each size, as long as one takes no more than SWEEP_BATCH_S."""
     timings = []
     for method in table:
         for size in [1, 16] if args.dry_run else SWEEP:
             if not method.sweep or method.skip or size > args.images:
                 continue
-            if method.cost * size > PASS_S or (method.name == SEQUENTIAL and size > 1):
+            if method.cost * size > SWEEP_BATCH_S or (method.name == SEQUENTIAL and size > 1):
                 continue
             count = min(16, args.images) if method.name == SEQUENTIAL else size  # steadier than 1
             case = batches(method, method.source[:count], size)
@@ -168,10 +177,21 @@ def peer_cases(images: Tensor, devices: list, batch: int) -> tuple[list[Case], l
                 made = passes(name, peer, absent, images, size, device)
                 if made is None:
                     break
-                run = lambda items=made[0], step=made[1]: map(step, items)  # noqa: E731
-                head = name, device.type, "tensor", peer.dtype, size, len(images)
+                items, step = made
+                count = affordable(peer_cost(items[0], step, size), len(images), size)
+                items = items[: -(-count // size)]
+                run = lambda items=items, step=step: map(step, items)  # noqa: E731
+                head = name, device.type, "tensor", peer.dtype, size, count
                 cases.append(Case(*head, run, "peer", peer.version()))
     return cases, absent
+
+
+def peer_cost(item: Any, step: Callable, size: int) -> float:
+    """Seconds an image; 0 where the peer fails, which its row will say."""
+    try:
+        return probe(step, item)[1] / size
+    except Exception:  # a foreign library may raise anything
+        return 0.0
 
 
 def against(reference: Tensor) -> Callable:

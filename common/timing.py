@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 SEQUENTIAL, BATCHED = "torchvision sequential", "torchvision batched"
 LEAST_RUNS = 3  # a slow case makes fewer passes than asked for, but never fewer than these
+REPORT = 3  # budgets for a case of the report's protocol, whose passes cannot take fewer images
 # Passes of a run on the CPU. A core that is shared is slow for a second, then fast again: of single
 # passes the median is that of whichever state came more often.
 PASSES = 2
@@ -89,15 +90,16 @@ def probe(step: Callable, images: Any) -> tuple[float, float]:
 
 
 def check(case: Case, judge: Judge) -> Timing:
-    """Runs a case once and has its result judged; one that fails, or is wrong and must not be, is
-    marked and gets no time."""
+    """Runs a case once, behind an item that may compile something, and has its result judged; one
+    that fails, or is wrong and must not be, is marked and gets no time."""
     timing = Timing(case, case.skip or case.note, failed=bool(case.skip))
     if case.skip:
         return timing
-    torch.manual_seed(0)
-    start = time.perf_counter()
     try:
         with grad_mode(case):
+            next(iter(case.run()))
+            torch.manual_seed(0)
+            start = time.perf_counter()
             parts = [as_tensor(result) for result in case.run()]
     except Exception as error:  # one row's failure costs that row
         timing.failed, timing.note = True, reason(error)
@@ -160,14 +162,15 @@ def seconds(timing: Timing) -> float:
 
 def measure(timings: list[Timing], runs: int, budget: float) -> None:
     """Fills `times`. The cases make their passes in turns; a run is the mean of PASSES of them (on
-    a GPU: one pass). A case whose passes would take more than `budget` seconds in all takes part in
-    some turns only, spread over the whole time."""
+    a GPU: one pass). A case whose passes would take more than `budget` seconds in all (`report`:
+    REPORT times that) takes part in some turns only, spread over the whole time."""
     turns = PASSES * runs
     for timing in timings:
         if timing.once < 1:  # else `check` has taken long enough to know
             timing.once = max(seconds(timing), 1e-9)
         most = runs if timing.case.device == "cuda" else turns
-        timing.passes = max(min(LEAST_RUNS, runs), min(most, int(budget / timing.once)))
+        affordable = budget * (REPORT if timing.case.protocol == "report" else 1) / timing.once
+        timing.passes = max(min(LEAST_RUNS, runs), min(most, int(affordable)))
         timing.inner_loops = max(1, int(1e-3 / timing.once))
         timing.host.clear()
     for turn in tqdm(range(turns), "timing", leave=False, disable=None):

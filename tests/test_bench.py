@@ -1,6 +1,7 @@
 """bench.py as a user runs it, on few images and without torch.compile, which takes seconds."""
 
 import gc
+import itertools
 import json
 import os
 import subprocess
@@ -325,19 +326,33 @@ def test_slow_row_runs_fewer_interleaved_passes(monkeypatch):
     order, now = [], [0.0]
     monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: now[0]))
 
-    def pair(name, seconds):
+    def pair(name, seconds, protocol="tensor"):
         def step(item):
             order.append(name)
             now[0] += seconds
 
-        return Timing(Case(name, "cpu", "tensor", "", 1, 1, lambda: map(step, [0]), "part"))
+        return Timing(Case(name, "cpu", protocol, "", 1, 1, lambda: map(step, [0]), "part"))
 
-    slow, fast = pair("slow", 0.02), pair("fast", 0.002)
-    timing.measure([slow, fast], 12, 0.13)
+    slow, fast, report = pair("slow", 0.02), pair("fast", 0.002), pair("long", 0.04, "report")
+    timing.measure([slow, fast, report], 12, 0.13)
     assert len(slow.times) == slow.passes == 6
     assert len(fast.times) == 12
+    assert len(report.times) == 9  # its passes take all images: three times the budget
     turns = [i for i, name in enumerate(order) if name == "slow"]
     assert turns[-1] > len(order) / 2  # not all at the beginning
+
+
+def test_compiling_does_not_count_as_a_slow_pass(monkeypatch):
+    now, calls = [0.0], []
+    monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+
+    def step(item):
+        now[0] += 0.1 if calls else 20
+        calls.append(item)
+
+    case = Case("compiled", "cpu", "tensor", "", 1, 3, lambda: map(step, range(3)), "net")
+    monkeypatch.setattr(timing, "as_tensor", lambda result: torch.zeros(case.shape))
+    assert timing.check(case, lambda case, result: ({}, "")).once == pytest.approx(0.3)
 
 
 def test_run_is_the_mean_of_passes_that_lie_a_turn_apart(monkeypatch):
@@ -435,6 +450,29 @@ def test_peers_are_marked_and_missing_ones_listed(monkeypatch):
     found = [row for row in result["chains"] if row["name"] == "photo"]
     assert [row["protocol"] for row in found] == ["eval", "train"]
     assert all(row["median_s"] > 0 and row["max_levels"] > 50 for row in found)
+
+
+def test_slow_peer_takes_fewer_images(monkeypatch):
+    def make(images, batch, device):
+        return list(images.split(batch)), lambda item: item
+
+    def failing(images, batch, device):
+        return list(images), lambda item: 1 / 0
+
+    peers = {"slow": Peer(make, "torch", single=False), "failing": Peer(failing, "torch")}
+    monkeypatch.setattr(cases, "PEERS", peers)
+    monkeypatch.setattr(cases, "PASS_S", 2)
+    now = itertools.count()
+    monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: next(now)))
+    images = torch.zeros(35, 3, 32, 32, dtype=torch.uint8)  # a second a call
+    found, _ = cases.peer_cases(images, [torch.device("cpu")], 10)
+    assert [(case.name, case.batch, case.images) for case in found] == [
+        ("slow", 10, 20),
+        ("slow", 35, 35),
+        ("failing", 1, 35),
+    ]
+    assert [len(list(case.run())) for case in found[:2]] == [2, 1]
+    assert timing.check(found[2], None).note == "failed: ZeroDivisionError: division by zero"
 
 
 def test_uses_the_newest_checkpoint_of_each_model():
