@@ -72,7 +72,8 @@ def quick(monkeypatch, tmp_path):
     monkeypatch.setattr(photos, "photographs", lambda count: real(2))
     for chart in ("bars", "growth", "chains"):
         monkeypatch.setattr(bench_figures, chart, lambda path, *args: path.touch())
-    monkeypatch.setattr(gc, "collect", lambda: None)  # a fifth of a second among pytest's objects
+    for name in ("collect", "freeze"):  # pytest has many objects
+        monkeypatch.setattr(gc, name, lambda: None)
     monkeypatch.chdir(tmp_path)
 
 
@@ -520,11 +521,13 @@ def test_results_are_named_by_machine(sets, gpu, name):
 def test_compare_lists_rows_beyond_their_spread(tmp_path, monkeypatch, capsys):
     def row(name, seconds, iqr=0.01):
         keys = {"device": "cpu", "protocol": "tensor", "dtype": "float32", "batch": 100}
-        times = {"median_s": seconds, "us_per_image": seconds, "iqr_s": iqr * seconds}
-        return keys | times | {"name": name, "synchronised": True}
+        times = {"median_s": 1.0, "mean_s": seconds, "iqr_s": iqr}
+        return keys | times | {"name": name, "images": 1, "synchronised": True}
 
-    first = [row("copy", 1.0), row("fused", 2.0), row("fc", 8.0, 0.3), row("cnn", 90.0)]
-    second = [row("copy", 2.0), row("fused", 4.8), row("fc", 17.0, 0.3)]  # half as fast a machine
+    first = [row("copy", 1.0), row("fused", 2.0), row("fc", 8.0, 0.3), row("matmul", 3.0)]
+    first.append(row("cnn", 90.0))
+    # half as fast a machine, though not in its copies
+    second = [row("copy", 1.8), row("fused", 4.8), row("fc", 17.0, 0.3), row("matmul", 6.0)]
     for name, rows in (("a.json", first), ("b.json", second)):
         Path(name).write_text(json.dumps({"rows": rows}))
     monkeypatch.setattr("sys.argv", ["compare_bench", "a.json", "b.json"])
@@ -532,12 +535,14 @@ def test_compare_lists_rows_beyond_their_spread(tmp_path, monkeypatch, capsys):
         compare_bench.main()
     assert stopped.value.code == 1
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 3
+    assert len(lines) == 4
     assert "fused" in lines[0]
     assert "+20.0%" in lines[0]
     assert lines[0].endswith("slower")
-    assert lines[1].startswith("only in a.json: cpu tensor cnn")
-    assert lines[2] == "3 rows, 1 beyond 15 %, the largest change 20.0%"
+    assert "copy" in lines[1]
+    assert "-10.0%" in lines[1]
+    assert lines[2].startswith("only in a.json: cpu tensor cnn")
+    assert lines[3] == "4 rows, 1 beyond 15 %, the largest change 20.0%"
 
 
 def test_charts(tmp_path, monkeypatch):

@@ -1,18 +1,18 @@
 """What changed between two runs of bench.py: python -m tests.manual.compare_bench A.json B.json
 
-Compares each row's time per image as a ratio to a base of the same run, device and protocol:
-`copy`, or on photographs torchvision's fastest form. So the machine's own speed cancels. Lists the
-rows whose ratios differ beyond their spread (half the IQRs of row and base, of both runs), and
-those that only one run has. Exits with 1 where a row differs by more than --limit percent, or none
-can be compared.
+Compares the mean time per image of each row. What the machine itself changed cancels: it is taken
+to be the median change of the rows of that device and protocol that do not run the operator, as one
+row alone, such as `copy`, is not steady enough. Means, as a shared core is now fast, now slow, and
+a median jumps from the one to the other. Lists the rows that changed beyond their spread (half the
+IQRs of both runs), and those that only one run has. Exits with 1 where a row changed by more than
+--limit percent, or none can be compared.
 """
 
 import argparse
 import json
 import sys
 from pathlib import Path
-
-from common.photos import BASE, CHAINS
+from statistics import median
 
 Key = tuple[str, ...]
 
@@ -24,33 +24,21 @@ def rows_of(path: Path) -> dict[Key, dict]:
     return {tuple(str(row.get(key, "")) for key in keys): row for row in rows if row["median_s"]}
 
 
-def ratios(rows: dict[Key, dict]) -> dict[Key, tuple[float, float]]:
-    """For each row its time per image over its base's, and the relative spread of this ratio."""
-    bases: dict[Key, dict] = {}
-    for key, row in rows.items():
-        fastest = bases.get(key[:2])
-        if row["name"] == (BASE if row["protocol"] in CHAINS else "copy") and (
-            fastest is None or row["us_per_image"] < fastest["us_per_image"]
-        ):
-            bases[key[:2]] = row
-    found = {}
-    for key, row in rows.items():
-        if base := bases.get(key[:2]):
-            spread = sum(
-                (r["iqr_s"] or 0) / r["median_s"] / 2
-                for r in {id(row): row, id(base): base}.values()
-            )
-            found[key] = row["us_per_image"] / base["us_per_image"], spread
-    return found
-
-
 def compare(first: Path, second: Path) -> list[tuple[str, float, float]]:
-    """(row, relative change of its ratio, spread of both), the largest change first."""
-    a, b = (ratios(rows_of(path)) for path in (first, second))
-    changes = []
+    """(row, relative change beside the machine's own, spread), the largest change first."""
+    a, b = rows_of(first), rows_of(second)
+    growth, groups = {}, {}  # of the time of each row; of the rows that are not the operator's
     for key in a.keys() & b.keys():
-        name = "{} {:8} {:36} {:8} batch {}".format(*key)
-        changes.append((name, b[key][0] / a[key][0] - 1, a[key][1] + b[key][1]))
+        before, after = (rows[key]["mean_s"] / rows[key]["images"] for rows in (a, b))
+        growth[key] = after / before
+        if not key[2].startswith("fuse"):
+            groups.setdefault(key[:2], []).append(growth[key])
+    changes = []
+    for key in growth:
+        if key[:2] in groups:
+            name = "{} {:8} {:36} {:8} batch {}".format(*key)
+            spread = sum((rows[key]["iqr_s"] or 0) / rows[key]["median_s"] / 2 for rows in (a, b))
+            changes.append((name, growth[key] / median(groups[key[:2]]) - 1, spread))
     return sorted(changes, key=lambda change: -abs(change[1]))
 
 
