@@ -141,6 +141,8 @@ Terms<T> terms_of(const Mix<T>& mix, bool dense) {
     if (terms.begin[k] == count) terms.scale[k] = 0;
   }
   terms.begin[mix.out] = static_cast<short>(count);
+  const T *const begin = terms.scale, *const end = begin + mix.out;
+  terms.plain = !mix.clamped && std::find(begin, end, T(0)) == end;
   return terms;
 }
 
@@ -159,7 +161,7 @@ int small_terms(const Problem& p, const Terms<float>& terms, Load load, int64_t 
 SmallTiling small_tiling(const Problem& p) {
   const Shape shape(static_cast<int>(p.columns.in), static_cast<int>(p.rows.out));
   const int pixels = static_cast<int>(p.rows.in * p.columns.in);
-  const int sums = pixels + shape.groups * kFour * (kFew + 1);  // behind the windows
+  const int sums = pixels + shape.pitch + shape.groups * kFour * (kFew + 1);
   const int bytes = (sums + shape.groups * shape.stride) * static_cast<int>(sizeof(float));
   return {pixels, sums, bytes, shape};
 }
@@ -177,10 +179,13 @@ void launch(Problem p, const Mix<T>& mix, int32_t device) {
     const SmallTiling t = small_tiling(p);
     constexpr int teams = kThreads / kWarp;
     if (count && t.bytes <= kShared / teams) {
-      const auto kernel = count == 1                   ? fused_small_images_kernel<1, false, In>
-                          : load == Load::kInterleaved ? fused_small_images_kernel<3, true, In>
-                                                       : fused_small_images_kernel<3, false, In>;
-      return context.run(kernel,
+      const auto kernel = [&](auto few) {
+        return count == 1                   ? fused_small_images_kernel<few, 1, false, In>
+               : load == Load::kInterleaved ? fused_small_images_kernel<few, 3, true, In>
+                                            : fused_small_images_kernel<few, 3, false, In>;
+      };
+      const bool few = std::max(taps_of<T>(p.rows), taps_of<T>(p.columns)) <= kFew;
+      return context.run(few ? kernel(std::true_type{}) : kernel(std::false_type{}),
                          std::min<int64_t>((p.images + teams - 1) / teams, processors * kBlocks),
                          t.bytes * teams, p, terms, t);
     }

@@ -88,7 +88,7 @@ struct Terms {
   unsigned char channel[kMaxChannels * kMaxChannels];
   T weight[kMaxChannels * kMaxChannels];
   T scale[kMaxChannels], bias[kMaxChannels], low[kMaxChannels], high[kMaxChannels];
-  bool clamped;
+  bool clamped, plain;  // plain: not clamped, and no scale is 0
 };
 
 // Fours that a thread loads before it computes: bytes in flight, of three planes 24 registers.
@@ -114,12 +114,22 @@ __device__ inline const int32_t* group_at(const Bands& bands, const int32_t* tab
   return table + o / kLanes * (static_cast<unsigned>(bands.rows) * kLanes);
 }
 
-// The taps of output pixel o that lie in the input pixels [begin, begin + length).
+// For how many weights of a pixel a table of 32-bit ones has room.
+__device__ inline int room(const Bands& bands) { return static_cast<int>(bands.rows) - kHeadRows; }
+
+// The taps of output pixel o.
 template <typename T>
 struct Taps {
   int first, count;
   const T* weights;  // kLanes apart
 
+  __device__ Taps(const Bands& bands, const int32_t* table, unsigned o) {
+    const int32_t* const at = group_at(bands, table, o);
+    const unsigned lane = o % kLanes;
+    first = at[lane], count = at[lane + kLanes];
+    weights = reinterpret_cast<const T*>(at + kHeadRows * kLanes) + lane;
+  }
+  // Those that lie in the input pixels [begin, begin + length).
   __device__ Taps(const Bands& bands, const int32_t* table, unsigned o, int begin, int length) {
     const int32_t* const at = group_at(bands, table, o);
     const unsigned lane = o % kLanes;
@@ -129,6 +139,16 @@ struct Taps {
     count = min(at[lane + kLanes] - before, length - first);  // below 0: none
     weights = reinterpret_cast<const T*>(at + kHeadRows * kLanes) + before * kLanes + lane;
   }
+  // The first kFew weights, 0 behind the last. The table has `room` weights for each pixel; where
+  // that is not more than kFew, they are loaded without waiting for the count.
+  template <bool few>
+  __device__ void read(int room, T (&to)[kFew]) const {
+#pragma unroll
+    for (int t = 0; t < kFew; ++t) {
+      const T weight = t < (few ? room : count) ? weights[t * kLanes] : T(0);
+      to[t] = t < count ? weight : T(0);
+    }
+  }
 };
 
 // A tile in shared memory, in T: the pitch of its mixed rows; how many groups of four rows the
@@ -137,7 +157,7 @@ struct Shape {
   int pitch, groups, stride;
 
   FUSED_HD Shape(int pitch, int height)
-      : pitch(pitch), groups((height + kFour - 1) / kFour), stride(slot(pitch - 1) + kFour) {}
+      : pitch(pitch), groups((height + kFour - 1) / kFour), stride(slot(pitch) + kFour) {}
   // Where the four rows of column c are in a group. The gap after every eight columns spreads the
   // stores of a warp over the banks.
   FUSED_HD static int slot(int c) { return (c + c / 8) * kFour; }
@@ -150,23 +170,23 @@ struct alignas(4 * sizeof(T)) Window {
   T weights[kFew];
 };
 
+// `few`, below: a pixel has at most kFew taps, all of them at hand; one without taps sees zeros.
+
 // The windows of rows [begin, begin + height) of the target, as far as they lie in the source's
-// rows [y0, y0 + rows), for whole groups.
-template <typename T>
+// rows [y0, y0 + rows), for whole groups. `zeros`: where a row of zeros is.
+template <bool few, typename T>
 __device__ void read_windows(int rank, int size, const Bands& bands, const int32_t* table,
                              int begin, int height, int y0, int rows, const Shape& shape,
-                             Window<T>* windows) {
+                             Window<T>* windows, unsigned zeros = 0) {
 #pragma unroll 1
   for (int y = rank; y < shape.groups * kFour; y += size) {
-    Window<T> window{};
+    Window<T> window{few ? zeros : 0};
     if (y < height) {
-      const Taps<T> taps(bands, table, begin + y, y0, rows);
+      const Taps<T> taps =
+          few ? Taps<T>(bands, table, begin + y) : Taps<T>(bands, table, begin + y, y0, rows);
+      taps.template read<few>(room(bands), window.weights);
       if (taps.count > 0) {
         window.head = static_cast<unsigned>(taps.count) << kCountShift | taps.first * shape.pitch;
-      }
-#pragma unroll
-      for (int t = 0; t < kFew; ++t) {
-        if (t < taps.count) window.weights[t] = taps.weights[t * kLanes];
       }
     }
     windows[y] = window;
@@ -175,7 +195,7 @@ __device__ void read_windows(int rank, int size, const Bands& bands, const int32
 
 // The vertical pass, over the rows that `read_windows` was told of. The four rows of a column lie
 // side by side afterwards, so that the horizontal pass reads them at once.
-template <typename T>
+template <bool few, typename T>
 __device__ void resample_rows(const Place& place, const Bands& bands, const int32_t* table,
                               int begin, int y0, int rows, const Shape& shape,
                               const Window<T>* windows, bool add, const T* mixed, T* sums) {
@@ -205,9 +225,11 @@ __device__ void resample_rows(const Place& place, const Bands& bands, const int3
       const T* from = mixed + window.head % (1u << kCountShift);
 #pragma unroll
       for (unsigned t = 0; t < kFew; ++t, from += shape.pitch) {
-        if (window.head >= (t + 1) << kCountShift) add_row(j, from, window.weights[t]);
+        if ((few && t == 0) || window.head >= (t + 1) << kCountShift) {
+          add_row(j, from, window.weights[t]);
+        }
       }
-      if (window.head < (kFew + 1u) << kCountShift) continue;
+      if (few || window.head < (kFew + 1u) << kCountShift) continue;
       const Taps<T> taps(bands, table, begin + g * kFour + j, y0, rows);
 #pragma unroll 1
       for (int t = kFew; t < taps.count; ++t, from += shape.pitch) {
@@ -224,19 +246,19 @@ __device__ void resample_rows(const Place& place, const Bands& bands, const int3
 }
 
 // The horizontal pass, of the column of the target that a thread makes.
-template <typename T>
+template <bool few, typename T>
 struct Column {
   int first, count, at[kFew];
   T weights[kFew];
   const T* more;  // weights
 
-  __device__ void set(const Taps<T>& taps) {
+  // `zeros`: a column of zeros.
+  __device__ void set(const Bands& bands, const Taps<T>& taps, int zeros = 0) {
+    taps.template read<few>(room(bands), weights);
     first = taps.first, count = taps.count, more = taps.weights;
+    if (few && count <= 0) first = zeros;
 #pragma unroll
-    for (int t = 0; t < kFew; ++t) {
-      weights[t] = t < count ? taps.weights[t * kLanes] : T(0);
-      at[t] = Shape::slot(first + t);
-    }
+    for (int t = 0; t < kFew; ++t) at[t] = Shape::slot(first + t);
   }
 
   // Calls use(row, sums of the four rows from it on).
@@ -257,10 +279,12 @@ struct Column {
       };
 #pragma unroll
       for (int t = 0; t < kFew; ++t) {
-        if (t < count) add_column(at[t], weights[t]);
+        if ((few && t == 0) || t < count) add_column(at[t], weights[t]);
       }
 #pragma unroll 1
-      for (int t = kFew; t < count; ++t) add_column(Shape::slot(first + t), more[t * kLanes]);
+      for (int t = kFew; !few && t < count; ++t) {
+        add_column(Shape::slot(first + t), more[t * kLanes]);
+      }
       use(g * kFour, sum);
       sums += place.step * shape.stride;
     }
@@ -287,7 +311,7 @@ __device__ void store(const Terms<T>& terms, int k, T scale, T bias, int64_t row
   }
   if (rows >= kFour) {
 #pragma unroll
-    for (int j = 0; j < kFour; ++j) to[j * row] = converted<Out>(pixels[j]);
+    for (int j = 0; j < kFour; ++j, to += row) *to = converted<Out>(pixels[j]);
     return;
   }
 #pragma unroll 1
@@ -310,11 +334,11 @@ __device__ void with_target(const Problem& p, int64_t at, Step step) {
 
 // The horizontal pass of mixed channel k and the way out, from the pixel at `at` of channel 0 on.
 // `before`, `after`: what other chunks of these rows have added, or will add, lies in the tile.
-template <typename T>
+template <bool few, typename T>
 __device__ void resample_columns(const Problem& p, const Terms<T>& terms, int k, const Place& place,
-                                 const Shape& shape, const Column<T>& column, int height, int width,
-                                 int64_t at, const T* sums, bool before = false, bool after = false,
-                                 T* tile = nullptr) {
+                                 const Shape& shape, const Column<few, T>& column, int height,
+                                 int width, int64_t at, const T* sums, bool before = false,
+                                 bool after = false, T* tile = nullptr) {
   const int count = terms.begin[k] < terms.begin[k + 1] ? column.count : 0;
   const int copies = terms.planes < terms.out ? terms.out : 1;
   const int64_t row = p.to.row, step = place.step * kFour * row;
@@ -323,6 +347,11 @@ __device__ void resample_columns(const Problem& p, const Terms<T>& terms, int k,
   with_target<T>(p, at, [&](auto* to) {
     const auto plain = [&](int y, T(&sum)[kFour]) {
       store<true>(terms, k, scale, bias, row, height - y, sum, to);
+#pragma unroll 1
+      for (int i = 1; i < copies; ++i) {
+        store<true>(terms, i, terms.scale[i], terms.bias[i], row, height - y, sum,
+                    to + i * p.to.channel);
+      }
       to += step;
     };
     const auto any = [&](int y, T(&sum)[kFour]) {
@@ -338,7 +367,7 @@ __device__ void resample_columns(const Problem& p, const Terms<T>& terms, int k,
       }
       to += step;
     };
-    if (before || after || copies > 1 || terms.clamped || scale == 0) {
+    if (before || after || !terms.plain) {
       column.resample(place, shape, count, sums, any);
     } else {
       column.resample(place, shape, count, sums, plain);

@@ -11,7 +11,7 @@ constexpr int kBlocks = 4;      // resident on a processor, by registers; 5 spil
 constexpr int kWarpImages = 4;  // images for each processor from which on a warp takes each
 
 struct SmallTiling {
-  int pixels;       // of a plane; the windows lie behind them
+  int pixels;       // of a plane; behind them lie a row of zeros and the windows
   int sums, bytes;  // floats from the chunk's begin; bytes for a warp
   Shape shape;
 };
@@ -52,12 +52,10 @@ struct Next {
   int k = 0;
   const In* at[terms];
   float weights[terms];
-  const int32_t *row_table, *column_table;
 
   __device__ void find(int rank, const Problem& p, const Terms<float>& mix) {
     const In* const from = static_cast<const In*>(p.source) + p.from.image(n) +
                            rank * kFour * (interleaved ? terms : 1);
-    row_table = p.rows.table(n), column_table = p.columns.table(n);
 #pragma unroll
     for (int i = 0; i < terms; ++i) {
       const int term = k * terms + i;
@@ -67,7 +65,7 @@ struct Next {
   }
 };
 
-template <int terms, bool interleaved, typename In>
+template <bool few, int terms, bool interleaved, typename In>
 __global__ void __launch_bounds__(kThreads, kBlocks)
     fused_small_images_kernel(Problem p, Terms<float> mix, SmallTiling tiling) {
   FUSED_SHARED(memory);
@@ -76,21 +74,34 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   const int rank = static_cast<int>(threadIdx.x) % kWarp;
   const int team = static_cast<int>(threadIdx.x) / kWarp;
   const int height = static_cast<int>(p.rows.out), width = static_cast<int>(p.columns.out);
-  const int rows = static_cast<int>(p.rows.in), columns = static_cast<int>(p.columns.in);
+  const int rows = static_cast<int>(p.rows.in);
   const Shape& shape = tiling.shape;
   const Place fours(rank, kWarp, shape.pitch / kFour), column(rank, kWarp, width);
   float* const chunk = reinterpret_cast<float*>(memory + team * tiling.bytes);
-  auto* const windows = reinterpret_cast<Window<float>*>(chunk + tiling.pixels);
+  auto* const windows = reinterpret_cast<Window<float>*>(chunk + tiling.pixels + shape.pitch);
   float* const sums = chunk + tiling.sums;
   const int left = tiling.pixels - rank * kFour;
+  // what is seen where there are no taps
+  for (int i = rank; i < shape.pitch; i += kWarp) chunk[tiling.pixels + i] = 0;
+  for (int i = rank; i < shape.groups * kFour; i += kWarp) {
+    sums[i / kFour * shape.stride + Shape::slot(shape.pitch) + i % kFour] = 0;
+  }
   bool first = true;
-  Column<float> own;
+  Column<few, float> own;
   Raw raw;
   Next<terms, interleaved, In> next{int64_t{blockIdx.x} * teams + team};
   if (next.n >= p.images) return;
   next.find(rank, p, mix);
   raw.load(next.at, left);
   do {
+    if (next.k == 0 && (first || p.rows.index)) {
+      read_windows<few>(rank, kWarp, p.rows, p.rows.table(next.n), 0, height, 0, rows, shape,
+                        windows, 1u << kCountShift | tiling.pixels);
+    }
+    if (next.k == 0 && (first || p.columns.index) && column.y < column.step) {
+      own.set(p.columns, Taps<float>(p.columns, p.columns.table(next.n), column.x), shape.pitch);
+    }
+    first = false;
 #pragma unroll 1
     for (int done = 0;;) {
       raw.mix(next.weights, left - done, chunk + rank * kFour + done);
@@ -102,22 +113,15 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
     }
     const int64_t n = next.n;
     const int k = next.k;
-    const int32_t *const row_table = next.row_table, *const column_table = next.column_table;
     if (++next.k == mix.planes) next.k = 0, next.n += int64_t{gridDim.x} * teams;
     if (next.n < p.images) {
       next.find(rank, p, mix);
       raw.load(next.at, left);
     }
-    if (first || p.rows.index) {
-      read_windows(rank, kWarp, p.rows, row_table, 0, height, 0, rows, shape, windows);
-    }
-    if ((first || p.columns.index) && column.y < column.step) {
-      own.set(Taps<float>(p.columns, column_table, column.x, 0, columns));
-    }
-    first = false;
     __syncwarp();
     if (fours.y < fours.step) {
-      resample_rows(fours, p.rows, row_table, 0, 0, rows, shape, windows, false, chunk, sums);
+      resample_rows<few>(fours, p.rows, p.rows.table(n), 0, 0, rows, shape, windows, false, chunk,
+                         sums);
     }
     __syncwarp();
     if (column.y < column.step) {

@@ -142,7 +142,7 @@ template <typename T>
 struct Work {
   Shape shape{kFour, kFour};
   Place fours{0, kThreads, 1}, pixels{0, kThreads, 1};
-  Column<T> column;
+  Column<false, T> column;
 };
 
 // Channel k of the tile, whose origin is at `target`. `kept`: the work is that of the channel
@@ -165,7 +165,7 @@ __device__ void resample(const Problem& p, const Terms<T>& terms, const Tiling& 
       work.pixels = Place(rank, kThreads, columns.length);
       if (work.pixels.y < work.pixels.step) {
         const int x = columns.begin + work.pixels.x;
-        work.column.set(Taps<T>(p.columns, column_table, x, x0, width));
+        work.column.set(p.columns, Taps<T>(p.columns, column_table, x, x0, width));
       }
     }
     const Place& fours = work.fours;
@@ -177,13 +177,13 @@ __device__ void resample(const Problem& p, const Terms<T>& terms, const Tiling& 
              chunk);
       }
       if (!kept) {
-        read_windows(rank, kThreads, p.rows, row_table, rows.begin, rows.length, y0, height,
-                     work.shape, windows);
+        read_windows<false>(rank, kThreads, p.rows, row_table, rows.begin, rows.length, y0, height,
+                            work.shape, windows);
       }
       __syncthreads();
       if (fours.y < fours.step && !empty) {
-        resample_rows(fours, p.rows, row_table, rows.begin, y0, height, work.shape, windows,
-                      y0 != rows.low, chunk, sums);
+        resample_rows<false>(fours, p.rows, row_table, rows.begin, y0, height, work.shape, windows,
+                             y0 != rows.low, chunk, sums);
       }
       __syncthreads();
       y0 += tiling.chunk_rows;

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
-from common.fused import _ops, affine
+from common.fused import _ops, affine, bands, separable_map
 from common.fused._layout import chain_plan
 from common.transforms import FusedTransform, fused_transform, matmul_transform, reference_transform
 from tests import test_fused_map
@@ -114,6 +114,38 @@ def test_nan_and_infinity_spread_as_in_torchvision(seed, dtype, device):
     expected = chain(images, (oh, ow))
     actual = fused_transform(images.to(device), (oh, ow)).cpu()
     torch.testing.assert_close(actual, expected, atol=1e-6, rtol=0, equal_nan=True)
+
+
+@devices
+@pytest.mark.parametrize("channels", [1, 3])
+def test_pixels_beyond_the_image_see_no_nan(channels, device):
+    """Random crops of padded images: rows and columns without taps, others for each image."""
+    generator = torch.Generator().manual_seed(0)
+    items = 600 if device == "cuda" else 8  # enough for the kernel of small images
+    images = random_images(items, 3, 12, 16)
+    flat = images.view(items, -1)
+    for value in (float("nan"), float("inf")):
+        places = torch.randint(0, flat.shape[1], (items, 2), generator=generator)
+        flat.scatter_(1, places, value)
+    starts = torch.randint(0, 9, (2, items), generator=generator)
+    rows, columns = (
+        bands.stack([bands.crop(size, start, size - 1) for start in range(-4, 5)])
+        for size in images.shape[2:]
+    )
+    mix = torch.ones(1, 3) if channels == 1 else torch.diag(torch.tensor([1.0, 2.0, 3.0]))
+    row_index, column_index = starts.to(device)
+    actual = separable_map(
+        images.to(device), rows, columns, mix, row_index=row_index, column_index=column_index
+    )
+    expected = [
+        F.crop(image, top, left, 11, 15)
+        for image, top, left in zip(images, *(starts - 4).tolist(), strict=True)
+    ]
+    expected = torch.stack(expected)
+    expected = (
+        expected.sum(1, keepdim=True) if channels == 1 else expected * mix.sum(1)[:, None, None]
+    )
+    torch.testing.assert_close(actual.cpu(), expected, atol=1e-6, rtol=0, equal_nan=True)
 
 
 LAYOUTS = {
