@@ -94,31 +94,36 @@ Tiling tiling_of(const Problem& p, int64_t processors) {
   };
   int64_t height = share(p.rows.out, kTileHeight);
   int64_t width = share(p.columns.out, std::min<int64_t>(kTileBytes / sizeof(T), kThreads));
-  // a tile is made smaller where a chunk would not hold what it sees, or to have two for each
-  // processor
-  while (height > kHalf && reach(p.rows, row_taps, height) > kChunkRows) {
+  const auto tiling = [&] {
+    Tiling t{};
+    t.height = static_cast<int>(height), t.width = static_cast<int>(width);
+    t.pitch = static_cast<int>(std::min(pitch(width), most));
+    t.chunk_rows = static_cast<int>(std::min<int64_t>(reach(p.rows, row_taps, height), kChunkRows));
+    const Shape shape(t.pitch, t.height);
+    t.windows = t.chunk_rows * t.pitch;
+    t.sums = t.windows + shape.groups * kFour * (kFew + 1);
+    t.tile = t.sums + shape.groups * shape.stride;
+    const bool used = t.pitch < p.columns.in;  // else a chunk holds whole rows
+    t.bytes = (t.tile + (used ? t.height * t.width : 0)) * static_cast<int>(sizeof(T));
+    return t;
+  };
+  // a tile is made smaller where a chunk would not hold what it sees, or a block not the tile, or
+  // to have two for each processor
+  while (width > kHalf && pitch(width) > most) width = share(p.columns.out, width - kHalf);
+  while (height > kHalf &&
+         (reach(p.rows, row_taps, height) > kChunkRows || tiling().bytes > kShared)) {
     height = share(p.rows.out, height - kHalf);
   }
-  while (width > kHalf && pitch(width) > most) width = share(p.columns.out, width - kHalf);
   const auto tiles = [&] {
     return p.images * parts(p.rows.out, height) * parts(p.columns.out, width);
   };
   while (std::max(height, width) > kHalf && tiles() < 2 * processors) {
     (height > width ? height : width) = halves((height > width ? height : width) / 2);
   }
-  Tiling t{};
-  t.height = static_cast<int>(height), t.width = static_cast<int>(width);
+  Tiling t = tiling();
   t.across = static_cast<unsigned>(parts(p.columns.out, width));
   t.down = static_cast<unsigned>(parts(p.rows.out, height));
   t.tiles = tiles();
-  t.pitch = static_cast<int>(std::min(pitch(width), most));
-  t.chunk_rows = static_cast<int>(std::min<int64_t>(reach(p.rows, row_taps, height), kChunkRows));
-  const Shape shape(t.pitch, t.height);
-  t.windows = t.chunk_rows * t.pitch;
-  t.sums = t.windows + shape.groups * kFour * (kFew + 1);
-  t.tile = t.sums + shape.groups * shape.stride;
-  const bool used = t.pitch < p.columns.in;  // else a chunk holds whole rows
-  t.bytes = (t.tile + (used ? t.height * t.width : 0)) * static_cast<int>(sizeof(T));
   return t;
 }
 
@@ -159,7 +164,7 @@ int small_terms(const Problem& p, const Terms<float>& terms, Load load, int64_t 
 }
 
 SmallTiling small_tiling(const Problem& p) {
-  const Shape shape(static_cast<int>(p.columns.in), static_cast<int>(p.rows.out));
+  const Shape shape(static_cast<int>(p.columns.in), static_cast<int>(p.rows.out), 1);
   const int pixels = static_cast<int>(p.rows.in * p.columns.in);
   const int sums = pixels + shape.pitch + shape.groups * kFour * (kFew + 1);
   const int bytes = (sums + shape.groups * shape.stride) * static_cast<int>(sizeof(float));

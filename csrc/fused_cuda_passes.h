@@ -88,7 +88,7 @@ struct Terms {
   unsigned char channel[kMaxChannels * kMaxChannels];
   T weight[kMaxChannels * kMaxChannels];
   T scale[kMaxChannels], bias[kMaxChannels], low[kMaxChannels], high[kMaxChannels];
-  bool clamped, plain;  // plain: not clamped, and no scale is 0
+  bool clamped, plain;  // plain: no channel of the result is clamped or has a scale of 0
 };
 
 // Fours that a thread loads before it computes: bytes in flight, of three planes 24 registers.
@@ -114,7 +114,7 @@ __device__ inline const int32_t* group_at(const Bands& bands, const int32_t* tab
   return table + o / kLanes * (static_cast<unsigned>(bands.rows) * kLanes);
 }
 
-// For how many weights of a pixel a table of 32-bit ones has room.
+// How many weights a table of 32-bit weights stores for each pixel.
 __device__ inline int room(const Bands& bands) { return static_cast<int>(bands.rows) - kHeadRows; }
 
 // The taps of output pixel o.
@@ -129,7 +129,7 @@ struct Taps {
     first = at[lane], count = at[lane + kLanes];
     weights = reinterpret_cast<const T*>(at + kHeadRows * kLanes) + lane;
   }
-  // Those that lie in the input pixels [begin, begin + length).
+  // Only the taps that lie in the input pixels [begin, begin + length).
   __device__ Taps(const Bands& bands, const int32_t* table, unsigned o, int begin, int length) {
     const int32_t* const at = group_at(bands, table, o);
     const unsigned lane = o % kLanes;
@@ -139,8 +139,8 @@ struct Taps {
     count = min(at[lane + kLanes] - before, length - first);  // below 0: none
     weights = reinterpret_cast<const T*>(at + kHeadRows * kLanes) + before * kLanes + lane;
   }
-  // The first kFew weights, 0 behind the last. The table has `room` weights for each pixel; where
-  // that is not more than kFew, they are loaded without waiting for the count.
+  // The first kFew weights, 0 behind the last. With `few`, the table stores `room` <= kFew weights
+  // for each pixel: they are loaded before the count is known.
   template <bool few>
   __device__ void read(int room, T (&to)[kFew]) const {
 #pragma unroll
@@ -152,12 +152,14 @@ struct Taps {
 };
 
 // A tile in shared memory, in T: the pitch of its mixed rows; how many groups of four rows the
-// vertical pass makes, and the pitch of these.
+// vertical pass makes, and the pitch of these, of which `spare` columns stay free.
 struct Shape {
   int pitch, groups, stride;
 
-  FUSED_HD Shape(int pitch, int height)
-      : pitch(pitch), groups((height + kFour - 1) / kFour), stride(slot(pitch) + kFour) {}
+  FUSED_HD Shape(int pitch, int height, int spare = 0)
+      : pitch(pitch),
+        groups((height + kFour - 1) / kFour),
+        stride(slot(pitch + spare - 1) + kFour) {}
   // Where the four rows of column c are in a group. The gap after every eight columns spreads the
   // stores of a warp over the banks.
   FUSED_HD static int slot(int c) { return (c + c / 8) * kFour; }
@@ -170,10 +172,12 @@ struct alignas(4 * sizeof(T)) Window {
   T weights[kFew];
 };
 
-// `few`, below: a pixel has at most kFew taps, all of them at hand; one without taps sees zeros.
+// `few`, below: no pixel of the target has more than kFew taps, so its window or column holds all
+// weights. Its first tap is always added; of a pixel without taps, this is a 0 with weight 0.
 
 // The windows of rows [begin, begin + height) of the target, as far as they lie in the source's
-// rows [y0, y0 + rows), for whole groups. `zeros`: where a row of zeros is.
+// rows [y0, y0 + rows), for whole groups. With `few` these rows hold all that is seen, and `zeros`
+// is the head of a window on a row of zeros.
 template <bool few, typename T>
 __device__ void read_windows(int rank, int size, const Bands& bands, const int32_t* table,
                              int begin, int height, int y0, int rows, const Shape& shape,
@@ -252,7 +256,7 @@ struct Column {
   T weights[kFew];
   const T* more;  // weights
 
-  // `zeros`: a column of zeros.
+  // `zeros`: with `few`, the index of a column of zeros in the sums.
   __device__ void set(const Bands& bands, const Taps<T>& taps, int zeros = 0) {
     taps.template read<few>(room(bands), weights);
     first = taps.first, count = taps.count, more = taps.weights;

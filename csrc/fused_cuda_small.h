@@ -81,7 +81,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   auto* const windows = reinterpret_cast<Window<float>*>(chunk + tiling.pixels + shape.pitch);
   float* const sums = chunk + tiling.sums;
   const int left = tiling.pixels - rank * kFour;
-  // what is seen where there are no taps
+  // with `few`, pixels without taps see this row and this column of zeros
   for (int i = rank; i < shape.pitch; i += kWarp) chunk[tiling.pixels + i] = 0;
   for (int i = rank; i < shape.groups * kFour; i += kWarp) {
     sums[i / kFour * shape.stride + Shape::slot(shape.pitch) + i % kFour] = 0;

@@ -64,6 +64,7 @@ class Launch {
 
   template <typename... Parameters, typename... Arguments>
   void run(void (*kernel)(Parameters...), int64_t blocks, size_t shared, Arguments... arguments) {
+    if (shared > 48 * 1024) std::abort();  // a GPU does not launch it
     host_cuda::grid.x = static_cast<unsigned>(blocks);
     pthread_barrier_init(&host_cuda::barrier, nullptr, FUSED_THREADS);
     for (auto& barrier : host_cuda::warp_barriers) pthread_barrier_init(&barrier, nullptr, 32);

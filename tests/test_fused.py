@@ -41,6 +41,8 @@ SIZES = [  # (H, W) -> size
     ((224, 224), (32, 448)),
     ((2, 2), (1, 300)),
     ((40, 9), (11, 1)),
+    ((461, 384), (256, 256)),  # of CUDA: all of the shared memory
+    ((400, 300), (224, 224)),
 ]
 devices = pytest.mark.parametrize(
     "device",
@@ -118,34 +120,34 @@ def test_nan_and_infinity_spread_as_in_torchvision(seed, dtype, device):
 
 @devices
 @pytest.mark.parametrize("channels", [1, 3])
-def test_pixels_beyond_the_image_see_no_nan(channels, device):
-    """Random crops of padded images: rows and columns without taps, others for each image."""
+@pytest.mark.parametrize("size", [(9, 13), (4, 5)])  # at most 3 taps, and more
+def test_pixels_beyond_the_image_see_no_nan(size, channels, device):
+    """Random crops that reach beyond the image, resized: which pixels have no taps differs from
+    image to image."""
+    items = 9
+    if device == "cuda":  # enough for the kernel of small images
+        items = 4 * torch.cuda.get_device_properties(0).multi_processor_count
     generator = torch.Generator().manual_seed(0)
-    items = 600 if device == "cuda" else 8  # enough for the kernel of small images
     images = random_images(items, 3, 12, 16)
-    flat = images.view(items, -1)
-    for value in (float("nan"), float("inf")):
-        places = torch.randint(0, flat.shape[1], (items, 2), generator=generator)
-        flat.scatter_(1, places, value)
-    starts = torch.randint(0, 9, (2, items), generator=generator)
+    if channels == 3:
+        images = images.contiguous(memory_format=torch.channels_last)
+    images[::3, :, 5, 4], images[1::3, 0, 0, 0] = float("nan"), float("inf")
+    starts = torch.randint(-4, 5, (2, items), generator=generator)
     rows, columns = (
-        bands.stack([bands.crop(size, start, size - 1) for start in range(-4, 5)])
-        for size in images.shape[2:]
+        bands.stack([bands.crop(before, at, before - 1) for at in range(-4, 5)]).then(
+            bands.resize(before - 1, after)
+        )
+        for before, after in zip((12, 16), size, strict=True)
     )
-    mix = torch.ones(1, 3) if channels == 1 else torch.diag(torch.tensor([1.0, 2.0, 3.0]))
-    row_index, column_index = starts.to(device)
+    mix = torch.ones(1, 3) if channels == 1 else torch.eye(3)
+    row_index, column_index = (starts + 4).to(device)
     actual = separable_map(
         images.to(device), rows, columns, mix, row_index=row_index, column_index=column_index
     )
-    expected = [
-        F.crop(image, top, left, 11, 15)
-        for image, top, left in zip(images, *(starts - 4).tolist(), strict=True)
-    ]
-    expected = torch.stack(expected)
-    expected = (
-        expected.sum(1, keepdim=True) if channels == 1 else expected * mix.sum(1)[:, None, None]
-    )
-    torch.testing.assert_close(actual.cpu(), expected, atol=1e-6, rtol=0, equal_nan=True)
+    crops = [F.crop(x, *at, 11, 15) for x, at in zip(images, starts.T.tolist(), strict=True)]
+    expected = F.resize(torch.stack(crops), list(size), antialias=True)
+    expected = expected.sum(1, keepdim=True) if channels == 1 else expected
+    torch.testing.assert_close(actual.cpu(), expected, atol=2e-6, rtol=0, equal_nan=True)
 
 
 LAYOUTS = {

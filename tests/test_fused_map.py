@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from common.fused import Bands, separable_map
+from common.fused._layout import packed
 
 TYPES = [torch.uint8, torch.float16, torch.bfloat16, torch.float32, torch.float64]
 # the rounding of the result: half a unit in the last place for floats
@@ -211,3 +212,5 @@ def test_bands_beyond_the_image_are_refused():
     beyond = Bands(torch.tensor([[3]]), torch.tensor([[2]]), torch.ones(1, 1, 2).double(), 4)
     with pytest.raises(RuntimeError, match="reach beyond the 4 pixels"):
         separable_map(torch.zeros(1, 1, 4, 4), beyond, identity(4), torch.eye(1))
+    with pytest.raises(RuntimeError, match="reach beyond the 4 pixels"):  # not even on the way
+        packed(beyond, False, torch.device("cuda"))

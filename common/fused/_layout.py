@@ -139,7 +139,15 @@ def _pack(bands: Bands, wide: bool) -> Tensor:
 
 
 def _pack_bands(bands: Bands, wide: bool, device: torch.device) -> Tensor:
-    return aside(lambda: _pack(bands, wide).to(device))
+    def pack() -> Tensor:
+        first, count = bands.first, bands.count
+        beyond = (count > 0) & ((first < 0) | (first + count > bands.size))
+        beyond |= (count < 0) | (count > bands.weight.shape[2])
+        if device.type != "cpu" and beyond.any():  # the operator checks tables on the CPU alone
+            raise RuntimeError(f"separable_map: the bands reach beyond the {bands.size} pixels")
+        return _pack(bands, wide).to(device)
+
+    return aside(pack)
 
 
 def _pack_axis(axis: Axis, wide: bool, device: torch.device) -> Tensor:
