@@ -155,8 +155,8 @@ def in_bfloat16(net: nn.Module) -> Callable[[Tensor], Tensor]:
 
 
 def trained(make: Callable[[], nn.Module], path: str | None) -> tuple[nn.Module, str]:
-    """The net in the checkpoint at `path`, or in the newest that fits under runs/ and is of no dry
-    run, or untrained; and a note which it is."""
+    """The net from the checkpoint at `path`, else from the newest one under runs/ that fits and is
+    of no dry run, else untrained; and a note that says which. Raises UserError for a bad `path`."""
     paths = list(Path("runs").rglob("best.pt"))
     paths.sort(key=lambda each: each.stat().st_mtime, reverse=True)
     for each in [Path(path)] if path else paths:

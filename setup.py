@@ -23,7 +23,7 @@ spec.loader.exec_module(_build)
 
 
 class Wheel(bdist_wheel):
-    """The library is libtorch's alone: it depends on the platform, not on the Python."""
+    """Links libtorch but not Python, so one wheel serves every Python 3 of a platform."""
 
     def get_tag(self) -> tuple[str, str, str]:
         return "py3", "none", super().get_tag()[2]
@@ -36,7 +36,7 @@ class Build(BuildExtension.with_options(no_python_abi_suffix=True)):
         super().run()
 
     def copy_file(self, source, target, *arguments, **options):
-        """Whole or not at all: to load a part of a library may end the process."""
+        """Atomic: loading a part of a library may end the process."""
         part = f"{target}.part"
         try:
             super().copy_file(source, part, *arguments, **options)

@@ -12,8 +12,9 @@ a VGG16 perceptual loss.
 
 Expected on CIFAR-10: behind the fixed flip 99.9 % of the test images at a cosine similarity of
 0.95; with learned flips about 30 %, where a constant gray image has 33 % (results/README.md). An
-epoch of 45,000 images takes seven minutes on two CPU cores with AVX2 alone, two seconds on an H200;
-with the perceptual loss at 224 px in bfloat16 there 12 seconds, the first, which compiles, 31.
+epoch of 45,000 images takes seven minutes on two CPU cores with AVX2 alone, two seconds on an H200.
+With the perceptual loss at 224 px in bfloat16 it takes 12 seconds there; the first one, which
+compiles, takes half a minute.
 """
 
 if __name__ == "__main__":  # Ctrl-C during the imports ends the script without a traceback

@@ -35,8 +35,8 @@ from common.report import write_report
 from common.run import Run
 
 # How each model is trained. The rate rises in a tenth of `decay` epochs to lr * 0.9 ** power, then
-# falls to lr * 1e-3 ** power. FullyConnected cannot be the chain: its loss ends far above zero, and
-# early stopping ends its training. The others can; their loss falls for as long as the rate does.
+# falls to lr * 1e-3 ** power. FullyConnected cannot represent the chain: its loss ends far above
+# zero, and early stopping ends its training. The others can; their loss falls while the rate does.
 Recipe = namedtuple("Recipe", "net label batch_size lr decay power epochs min_delta")
 RECIPES = {
     "fc": Recipe(FullyConnected, "fully connected net", 100, 3e-3, 20, 1, 500, 1e-6),

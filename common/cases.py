@@ -29,9 +29,10 @@ SWEEP_RUNS, SWEEP_BUDGET_S = 9, 0.3
 
 @dataclass
 class Method:
-    """A way to process a batch. kind: as of a `Case`. bytes_moved: of an image, what it must read
-    and write. largest: the largest batch. sweep: timed from one image a batch on, too. cost and
-    skip are `assess`'s: seconds an image, and the reason why it is not timed."""
+    """A way to process a batch of `source`. kind: as in `Case`. bytes_moved: what must be read and
+    written for an image. largest: the largest batch. sweep: also timed at the batch sizes of SWEEP.
+    compiles: by torch.compile. cost, skip: set by `assess`: seconds per image, and the reason why
+    it is not timed."""
 
     name: str
     source: Tensor

@@ -62,7 +62,9 @@ def lock(folder: Path) -> None:
     try:
         fcntl.flock(_locks[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
-        raise UserError(f"--out {folder}: another run is writing there; name another") from error
+        raise UserError(
+            f"--out {folder}: another run is writing there; name another folder"
+        ) from error
     except OSError as error:  # some network file systems cannot lock folders
         print(f"{folder} cannot be locked: start no second run there ({error})", file=sys.stderr)
     for name in WRITTEN:

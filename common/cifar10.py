@@ -136,7 +136,7 @@ def _fetch(archive: Path, deadline: float) -> None:
                 file.write(chunk)
                 bar.update(len(chunk))
         if calculate_md5(temporary) != CIFAR10.tgz_md5:
-            raise OSError("the downloaded file has another md5")
+            raise OSError("the downloaded file has the wrong md5")
         temporary.replace(archive)
     finally:
         temporary.unlink(missing_ok=True)

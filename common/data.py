@@ -95,7 +95,7 @@ def choose(name: str, root: str) -> str:
             )
     if name == "auto":
         name = "synthetic"
-        print(f"warning: {root} holds no CIFAR-10: synthetic images instead", file=sys.stderr)
+        print(f"warning: {root} holds no CIFAR-10: using synthetic images instead", file=sys.stderr)
     return name
 
 
@@ -118,7 +118,8 @@ def images(name: str, root: str, train: bool, size: int | None, seed: int) -> Te
     if name == "synthetic":
         return synthetic(size, 2 * seed + train)  # the test images have another seed
     if size > full:
-        raise UserError(f"CIFAR-10 has {full} such images, not {size}: ask for fewer")
+        kind = "training" if train else "test"
+        raise UserError(f"CIFAR-10 has {full} {kind} images, not {size}: ask for fewer")
     return cifar10(Path(root), train)[:size]
 
 

@@ -1,5 +1,5 @@
-"""The report's two nets, layer for layer, two smaller ones that can be the chain exactly, and the
-closed forms: weights from a few images or from the chain itself, without a gradient step."""
+"""The report's two nets, layer for layer, two linear models that can equal the chain, and the
+closed forms: weights from images or from the chain itself, without a gradient step."""
 
 import math
 
@@ -88,8 +88,8 @@ class Separable(nn.Module):
     """rows @ (sum over c of mix[c] * image[c]) @ columns^T: 3 + 28 * 32 + 28 * 32 = 1,795 weights.
 
     The chain has this form: a grayscale is a weighted sum of the channels, and a resize and a flip
-    each act on the rows and on the columns apart. What one factor gains another may lose: two of
-    the weights are free.
+    act on rows and on columns separately. The factors can be scaled against each other, so two of
+    the weights are redundant.
     """
 
     def __init__(self) -> None:
@@ -125,8 +125,8 @@ def separable_closed_form_(model: Separable, images: Tensor, targets: Tensor) ->
     images: (N, 3, 32, 32), uint8 in [0, 255] or float in [0, 1]; targets: (N, 1, 28, 28).
     From random factors the iteration can rest far from the solution for hundreds of rounds. It
     starts from the largest singular pair of the correlation between targets and images, a matrix
-    over (row of target, row of image) and (column of target, column of image), which white images
-    would make the factors themselves. Raises UserError for fewer than 12 images, for images that
+    over (row of target, row of image) and (column of target, column of image); for white noise the
+    pair would be the factors themselves. Raises UserError for fewer than 12 images, for images that
     are not finite, and where the images do not determine the factors.
     """
     if len(images) < ALS_AT_LEAST:
@@ -160,10 +160,10 @@ def separable_closed_form_(model: Separable, images: Tensor, targets: Tensor) ->
             break
     if not error < 1e-6:
         raise UserError(
-            f"alternating least squares rests at an error of {error:.1g} on {len(x)} images: "
+            f"alternating least squares stalls at an error of {error:.1g} on {len(x)} images: "
             f"it needs {ALS_IMAGES} images that differ"
         )
-    # of the free factors, those of a weighted mean
+    # the scales are free: mix sums to 1, and so does a row of `rows` on average
     columns, mix = columns * mix.sum(), mix / mix.sum()
     gain = rows.sum(1).mean()
     model.mix.copy_(mix[None])

@@ -150,8 +150,8 @@ def hardware() -> dict[str, Any]:
 
 
 def machine_name(environment: dict[str, Any], gpu: bool) -> str:
-    """What tells apart machines that run apart: the GPU, or the processor and its widest
-    instruction set, fit for a file's name. environment: with `hardware`'s keys."""
+    """The machine's name in file names: the GPU, or the processor and its widest instruction set.
+    environment: with `hardware`'s keys."""
     name = environment["gpu"]
     if not gpu:
         name = " ".join([environment["processor"], *environment["instruction_sets"][-1:]])

@@ -33,7 +33,7 @@ TITLES = {
 LEGEND = (
     f"x batched: times as fast as {BATCHED}, x single: as {SEQUENTIAL}, each at its fastest batch "
     "size on the same device in the same protocol",
-    "of copy: bytes that must be read and written in a second, of those of the fastest copy",
+    "of copy: bytes that must be moved per second, as a share of the fastest copy's",
     f"! marks an IQR of more than {NOISY:.0%} of the median",
     f"photographs: x tensor: times as fast as {BASE}, image by image or in a batch, x PIL: as "
     f"{PIL_BASE}; equal: share of values within half a level of torchvision on uint8 tensors",
@@ -100,7 +100,7 @@ def sections_of(document: dict[str, Any]) -> list[tuple[str, list[str], list[lis
     sections = [
         (f"{d}, {TITLES[protocol]}", COLUMNS, rows) for (d, protocol), rows in groups.items()
     ]
-    head = ["device", "net", "against", "faster from batch", "x at 1", "x at 100", "x at most"]
+    head = ["device", "net", "against", "faster from batch", "x at 1", "x near 100", "x at largest"]
     rows = [crossover_cells(entry) for entry in document["crossover"]]
     sections.append(("from which batch size on is the net faster", head, rows))
     groups = {}

@@ -90,8 +90,8 @@ def probe(step: Callable, images: Any) -> tuple[float, float]:
 
 
 def check(case: Case, judge: Judge) -> Timing:
-    """Runs a case once, behind an item that may compile something, and has its result judged; one
-    that fails, or is wrong and must not be, is marked and gets no time."""
+    """Runs a case once, after one item that may compile something, and judges its result. A case
+    that fails, or whose result must be right and is wrong, is marked and not timed."""
     timing = Timing(case, case.skip or case.note, failed=bool(case.skip))
     if case.skip:
         return timing
@@ -132,8 +132,8 @@ def fidelity(levels: Tensor) -> dict[str, float]:
 
 
 def seconds(timing: Timing) -> float:
-    """One pass. In the report's protocol it stands behind a garbage collection, elsewhere behind an
-    untimed item: whatever ran before has taken the caches."""
+    """Seconds of one pass. Before it runs a garbage collection in the report's protocol, elsewhere
+    an untimed item, since the previous case has filled the caches."""
     case, cuda = timing.case, timing.case.device == "cuda"
     with grad_mode(case):
         if case.protocol == "report":
@@ -186,7 +186,7 @@ def measure(timings: list[Timing], runs: int, budget: float) -> None:
 
 
 def summary(timing: Timing) -> dict[str, Any]:
-    """The row as it stands in the JSON. One run has no spread, two have none that tells."""
+    """The row as written to the JSON. The spread needs at least three runs."""
     case, times = timing.case, timing.times
     keys = ("name", "device", "protocol", "dtype", "batch", "images", "synchronised")
     row = {key: getattr(case, key) for key in keys} | {"runs": len(times)}
@@ -222,9 +222,9 @@ def fastest(rows: list[dict], name: str, like: dict) -> float | None:
 
 
 def add_ratios(rows: list[dict], batched: str = BATCHED, sequential: str = SEQUENTIAL) -> None:
-    """Adds to each row how many times as fast it is as torchvision in batches ("speedup"), as
-    torchvision image by image, both at their fastest on the same device in the same protocol; and
-    its share of the bandwidth of the fastest copy."""
+    """Adds to each row its speed relative to torchvision in batches ("speedup") and image by image
+    ("speedup_sequential"), each at its fastest on the same device in the same protocol; and its
+    share of the bandwidth of the fastest copy ("share_of_copy")."""
     for row in rows:
         if row["median_s"] is None:
             continue

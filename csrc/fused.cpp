@@ -1,5 +1,5 @@
-// The operators: schema, checks, and the way to the kernel of the device. The Python side
-// (common/fused/operator.py) computes the bands and registers fakes and derivatives.
+// The operators: schema, argument checks, and dispatch to the device's kernel. Python computes the
+// bands (common/fused/bands.py) and registers fakes and derivatives (common/fused/_ops.py).
 #include "fused.h"
 
 #include <torch/csrc/stable/accelerator.h>
@@ -336,10 +336,10 @@ void separable_map_out(Tensor images, Tensor rows, Tensor columns, Tensor mix, T
   apply(a, [&]() -> const Tensor& { return out; });
 }
 
-// `differentiable` is what traces hold and derivatives go through: it carries the transposed bands,
-// and its sizes are numbers, which a fake can see. The other two are for plain calls. Of one small
-// image, 4 integers and a dtype would take a tenth of the time, being converted: so a tensor holds
-// the sizes, and no dtype stands for float32 of uint8 images, else that of the images.
+// Traces and derivatives use `differentiable`: it takes the transposed bands, and its sizes are
+// integers, which a fake can read. Plain calls use the other two. For one small image, converting
+// four integers and a dtype would take a tenth of the time. So a tensor holds the sizes, and dtype
+// may be omitted: the default is float32 for uint8 images, else the dtype of the images.
 STABLE_TORCH_LIBRARY(fused_transform, m) {
 #define FUSED_BANDS "(Tensor images, Tensor rows, Tensor columns, "
 #define FUSED_OPTIONS "Tensor? affine, Tensor? row_index, Tensor? column_index, "

@@ -40,7 +40,7 @@ constexpr int kHeadRows = sizeof(Group) / (kLanes * sizeof(int32_t));  // in row
 static_assert(sizeof(Group) == kHeadRows * kLanes * sizeof(int32_t), "rows of kLanes integers");
 
 // The bands of one axis: an int32 tensor (variants, groups, kHeadRows + taps, kLanes), where the
-// weights are float32 bits, or float64 bits in twice as many rows (common/fused/operator.py).
+// weights are float32 bits, or float64 bits in twice as many rows (common/fused/_layout.py).
 // `index` says which variant an image takes: flags, 64-bit integers, or null for variant 0.
 struct Bands {
   const int32_t* data;

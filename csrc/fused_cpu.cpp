@@ -30,9 +30,9 @@ constexpr int kRows = 7;  // rows of sums that fit into 16 or 32 registers; divi
 
 // A task of fewer pixels than this costs more to hand to a thread than to do.
 constexpr int64_t kTaskPixels = 1 << 15;
-// A result of this size leaves the caches before anybody reads it: it is written past them. Rows
-// need no copy for it, so they are written past the second-level cache already: to read the lines
-// first costs more than whoever reads the result from the third level would gain.
+// A result of kStreamBytes is evicted before it is read, so it is stored past the caches. Rows need
+// no copy for that, so they are stored past the second-level cache from kStreamRowBytes on: to read
+// their lines first would cost more than the reader of the result gains from the third level.
 constexpr int64_t kStreamBytes = 1 << 23, kStreamRowBytes = 1 << 19;
 // A plane that is staged must leave room in the first-level cache.
 constexpr int64_t kStageBytes = 1 << 14;
@@ -102,7 +102,7 @@ HalfGroup joined(const HalfGroup& a, const HalfGroup& b) {
           {}};
 }
 
-// For each four output pixels, from where on 16 bytes hold all that they see; within [low, high).
+// For every four output pixels, the start of 16 bytes within [low, high) that hold what they read.
 void places_of(const Bands& bands, const int32_t* table, int32_t low, int32_t high,
                int32_t* places) {
   for (int64_t o = 0; o < bands.out; o += kHalf) {
@@ -118,7 +118,7 @@ void places_of(const Bands& bands, const int32_t* table, int32_t low, int32_t hi
   }
 }
 
-// Whether all lie within the 16 bytes from there on.
+// Whether 16 bytes hold what every four output pixels read.
 bool are_near(const Bands& bands, const int32_t* table) {
   for (int64_t quad = 0; quad < 4 * bands.groups; ++quad) {
     const Group& group = group_of(table, bands.rows, quad / 4 * kLanes);
@@ -265,7 +265,7 @@ Capability cpu_capability() {
 #endif
 }
 
-// How to go about it: rows first where the pixels under neighbouring output pixels lie together.
+// The path: the horizontal pass first where neighbouring output pixels read pixels close together.
 template <typename T>
 decltype(Layout::path) path_of(const Problem& p, const Mix<T>& mix) {
 #ifdef FUSED_X86

@@ -61,8 +61,8 @@ int64_t taps_of(const Bands& bands) {
 
 int64_t whole_fours(int64_t n) { return (n + kFour - 1) / kFour * kFour; }
 
-// About how many input pixels `size` output pixels see: a chunk of this length is loaded once. By
-// the axis' lengths, or, as a crop leaves much of it, by the taps: twice the scale, for bilinear.
+// About how many input pixels `size` output pixels read: a chunk of this length is loaded once. By
+// the axis' lengths or, since a crop reads less, by the taps (for bilinear twice the scale).
 int64_t reach(const Bands& bands, int64_t taps, int64_t size) {
   int64_t seen = (size * bands.in + bands.out - 1) / bands.out;
   if (taps > 2) seen = std::min(seen, size * taps / 2);
@@ -107,8 +107,8 @@ Tiling tiling_of(const Problem& p, int64_t processors) {
     t.bytes = (t.tile + (used ? t.height * t.width : 0)) * static_cast<int>(sizeof(T));
     return t;
   };
-  // a tile is made smaller where a chunk would not hold what it sees, or a block not the tile, or
-  // to have two for each processor
+  // a tile shrinks until a chunk holds what it reads, a block holds the tile, and there are two
+  // tiles per multiprocessor
   while (width > kHalf && pitch(width) > most) width = share(p.columns.out, width - kHalf);
   while (height > kHalf &&
          (reach(p.rows, row_taps, height) > kChunkRows || tiling().bytes > kShared)) {

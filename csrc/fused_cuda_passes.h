@@ -79,8 +79,8 @@ __device__ Out converted(T x) {
   }
 }
 
-// The mix without its zeros: channel k is a sum over terms[begin[k], begin[k + 1]). Of a single
-// channel all others are multiples: it is resampled once and scaled where it is stored.
+// The mix: output channel k sums the terms [begin[k], begin[k + 1]), without zeros unless pixels
+// are interleaved. A single input channel is resampled once, and scaled where it is stored.
 template <typename T>
 struct Terms {
   int in, out, planes;  // planes: how often to resample
@@ -324,7 +324,7 @@ __device__ void store(const Terms<T>& terms, int k, T scale, T bias, int64_t row
   }
 }
 
-// Calls step(the target as what it is): the pixel at `at` of channel 0.
+// Calls step(to), where `to` points to element `at` of the target, in the target's type.
 template <typename T, typename Step>
 __device__ void with_target(const Problem& p, int64_t at, Step step) {
   using torch::headeronly::BFloat16;

@@ -1,5 +1,5 @@
-// The CUDA kernel of small images whose planes lie in one piece: each warp makes one after the
-// other on its own. The first pixels of the next are on their way from memory while it computes.
+// The CUDA kernel for small images without gaps between rows: each warp makes one plane after
+// another by itself, and loads the first pixels of the next while it computes.
 #pragma once
 #include "fused_cuda_passes.h"
 
@@ -7,8 +7,8 @@ namespace fused {
 namespace {
 
 constexpr int kPixels = kWarp * kFour;  // that a warp moves at once
-constexpr int kBlocks = 4;      // resident on a processor, by registers; 5 spill (sm_90 code)
-constexpr int kWarpImages = 4;  // images for each processor from which on a warp takes each
+constexpr int kBlocks = 4;      // resident on a multiprocessor, by registers; 5 spill (sm_90 code)
+constexpr int kWarpImages = 4;  // images per multiprocessor from which a warp takes a whole image
 
 struct SmallTiling {
   int pixels;       // of a plane; behind them lie a row of zeros and the windows

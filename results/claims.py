@@ -48,12 +48,12 @@ def findings() -> str:
         f"In batches the FC net takes {ratio('fc', BATCHED)} times the time of torchvision's chain "
         f"and {ratio('fc', 'fused')} times that of the fused operator, which is exact "
         "(`bench.py --runs 30`).",
-        f"The FC net is right at cosine 0.95 on {right(fc)} of the images (`{command(fc)}`), its "
-        f"closed form without an epoch on {right(closed)} (`{command(closed)}`), and a constant "
+        f"The FC net reaches cosine 0.95 on {right(fc)} of the images (`{command(fc)}`), its "
+        f"closed form without training on {right(closed)} (`{command(closed)}`), and a constant "
         f"gray image on {share(fc['floor']['accuracy_0.95'])}.",
-        f"The report's CNN is right on {right(learned)} (`{command(learned)}`): its receptive "
-        "field of 13x13 holds the mirrored pixel only at the centre. Behind a fixed flip it is "
-        f"right on {right(fixed)}, with a PSNR of {fixed['test']['psnr']:.1f} dB "
+        f"The report's CNN reaches it on {right(learned)} (`{command(learned)}`): its receptive "
+        "field of 13x13 holds the mirrored pixel only at the centre. Behind a fixed flip it "
+        f"reaches it on {right(fixed)}, with a PSNR of {fixed['test']['psnr']:.1f} dB "
         f"(`{command(fixed)}`), and with the perceptual loss on {right(both)}, with "
         f"{both['test']['psnr']:.1f} dB "
         f"(`{command(both)}`; all on a GPU).",
@@ -127,14 +127,14 @@ def claims() -> str:
             f"{share(closed['test']['accuracy_0.95'])}",
         ),
         (
-            "1.3: stop when 10 epochs bring no 0.000001",
+            "1.3: stop when 10 epochs lower the loss by 0.000001 or less",
             "",
             f"epoch {fc['epochs']}, {seconds(fc['seconds'])}, MSE {fc['test']['mse']:.4g}",
             f"`{command(fc)}`",
             f"keeps epoch {fc['best_epoch']}",
         ),
         (
-            "1.3: the variant, 10 epochs ago less the largest since",
+            "1.3: the variant, the loss 10 epochs ago minus the largest since",
             "",
             f"epoch {window['epochs']}, MSE {window['test']['mse']:.4g}",
             f"`{command(window)}`",
@@ -155,17 +155,17 @@ def claims() -> str:
             bench_command,
             f"{verdict(net['mean_s'] < chain['mean_s'])}: {chain['mean_s'] / net['mean_s']:.2g} "
             "times as fast in batches of 100 as the chain image by image, "
-            f"{batched['mean_s'] / net['mean_s']:.2g} times as the chain in the same batches; "
-            f"{seconds(loader['mean_s'])} of it are the loader. The fused operator in its place: "
-            f"{seconds(fused['mean_s'])}",
+            f"{batched['mean_s'] / net['mean_s']:.2g} times as the chain in the same batches. The "
+            f"loader alone takes {seconds(loader['mean_s'])}, with the fused operator in place of "
+            f"the net {seconds(fused['mean_s'])}",
         ),
         (
             "1.4.1: the FC net on the GPU",
             "0.139562 s",
             on_gpu("fc")[0],
             f"{bench_command[:-1]} --device cuda`",
-            f"{on_gpu('fc')[1]}. The report's GPU is no faster than its CPU: both clocks hold the "
-            "loader",
+            f"{on_gpu('fc')[1]}. In the report the GPU is no faster than the CPU: both times "
+            "include the loader",
         ),
         (
             "2: the CNN's flips come from the network as a whole",
@@ -184,8 +184,8 @@ def claims() -> str:
             "2.900498 s; perceptual 2.635234 s",
             seconds(cnn["mean_s"]),
             bench_command,
-            f"{verdict(slower > 1)}: {slower:.2g} times the chain's time; the loss that it was "
-            "trained with changes nothing in it",
+            f"{verdict(slower > 1)}: {slower:.2g} times the chain's time; the training loss "
+            "does not change the time",
         ),
         (
             "2.2.1: the CNN on the GPU",
@@ -201,7 +201,7 @@ def claims() -> str:
             f"{rate:.0f} images/s at {both['args']['vgg_size']} px on this CPU",
             f"`{command(there_both)}`, `{command(both)}`",
             f"{3000 / epoch:.0f} times as fast there, in {there_both['args']['precision']}; the "
-            f"first epoch, in which torch.compile works, takes {seconds(first)}",
+            f"first epoch, which includes compilation, takes {seconds(first)}",
         ),
         (
             "2: the perceptual loss is much stronger, pixelwise differences apart",

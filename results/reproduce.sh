@@ -32,7 +32,7 @@ if [ "${1:-}" = --quick ]; then
     export VGG16_WEIGHTS=${VGG16_WEIGHTS:-random}
     rm -rf $folder
 elif ! git rev-parse HEAD >/dev/null 2>&1; then
-    fail "this is no git checkout, whose commit the results name: clone the repository, or --quick"
+    fail "not a git checkout, so there is no commit to name: clone the repository, or use --quick"
 elif [ -n "$(git status --porcelain)" ]; then
     fail "commit your changes first, so that the results name their code"
 else

@@ -97,7 +97,7 @@ def commit(machine: str = MACHINE) -> str:
     for other in commits[1:]:
         diff = ["git", "diff", "--quiet", commits[0], other, "--", *CODE]
         if subprocess.run(diff, cwd=RESULTS.parent, capture_output=True).returncode == 1:
-            raise UserError(f"results/{machine} mixes two codes: run bash results/reproduce.sh")
+            raise UserError(f"results/{machine} mixes different code: run results/reproduce.sh")
     return ", ".join(each[:7] for each in commits)
 
 
@@ -207,7 +207,7 @@ def seeds() -> str:
             continue
         spread = statistics.mean(values), statistics.stdev(values), min(values), max(values)
         body.append([label, *(form.format(each) for each in spread)])
-    return lines(["FC net, five seeds", "mean", "standard deviation", "least", "most"], *body)
+    return lines(["FC net, five seeds", "mean", "standard deviation", "minimum", "maximum"], *body)
 
 
 def ladder() -> str:

@@ -213,7 +213,7 @@ def test_damaged_archive_is_named(cifar):
 
 
 def test_train_size_above_50000_is_refused(cifar):
-    with pytest.raises(UserError, match="50000 such images, not 50001"):
+    with pytest.raises(UserError, match="50000 training images, not 50001"):
         load("cifar10", cifar, train_size=50_001)
 
 

@@ -74,7 +74,7 @@ BAD = [
     (v2.Grayscale(), images(2, 9, 9), ValueError, "Grayscale.*2 channels"),
     (v2.Grayscale(), tv_tensors.Video(images(2, 3, 9, 9)), TypeError, "leaves a Video as it is"),
     (FusedTransform(), images(1, 9, 9), TypeError, "three channels"),
-    (v2.ToDtype(torch.uint8, scale=True), torch.rand(3, 9, 9), NotFusable, "cuts off"),
+    (v2.ToDtype(torch.uint8, scale=True), torch.rand(3, 9, 9), NotFusable, "truncates"),
     (v2.Resize(8), [images(3, 9, 9), images(3, 8, 9)], TypeError, "stack them"),
     (
         training(),

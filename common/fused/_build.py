@@ -30,7 +30,7 @@ def has_sources() -> bool:
 
 
 def source_files() -> list[Path]:
-    """Without what editors leave beside them."""
+    """The sources in csrc/, without the files that editors leave there."""
     return sorted(path for path in ROOT.glob("csrc/[!.]*") if path.suffix in SUFFIXES)
 
 
@@ -79,10 +79,10 @@ def _build() -> Path:
         why = "its sources have changed" if stale else "it is not built yet"
         print(f"Building the fused operator ({why}): about a minute ...", file=sys.stderr)
         start = time.perf_counter()
-        (HERE / ".writable").touch()  # a folder that is not must fail now, not after a minute
+        (HERE / ".writable").touch()  # a read-only folder must fail now, not after a minute
         (HERE / ".writable").unlink()
         command = [sys.executable, "setup.py", "build_ext", "--inplace"]
-        held = {"pass_fds": [lock.fileno()]}  # until the build ends, even without this process
+        held = {"pass_fds": [lock.fileno()]}  # the build keeps the lock even if this process ends
         subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True, **held)
         for old in stale:
             old.unlink(missing_ok=True)

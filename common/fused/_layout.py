@@ -21,7 +21,7 @@ _kept: dict[tuple, dict] = {}  # of (steps, wide, device): the same as tensors, 
 
 
 def fork_safe_lock() -> threading.Lock:
-    """One that is open in a child of fork, whichever thread of the parent held it."""
+    """A lock that is free in a child of fork, whichever thread of the parent held it."""
     made = threading.Lock()
     if hasattr(os, "register_at_fork"):
         os.register_at_fork(after_in_child=made._at_fork_reinit)
@@ -29,8 +29,8 @@ def fork_safe_lock() -> threading.Lock:
 
 
 class _Memory:
-    """Holds the kept tables in one piece. Each by itself would be allocated in the hole that a
-    result has left. The next result would not fit there, and the system clears new pages for it."""
+    """One buffer for all kept tables. A table of its own could take the heap block that a result
+    has left. The next result would not fit there and need new pages, which the system clears."""
 
     def __init__(self) -> None:
         self.lock = fork_safe_lock()
@@ -53,8 +53,8 @@ _memory = _Memory()
 
 
 def modes() -> bool:
-    """Whether this thread is in a mode that makes other tensors, or computes otherwise: fake ones,
-    functorch's, a trace, autocast. Asked in each call, so in private names, which cost less."""
+    """Whether a mode is on in this thread that makes other tensors or changes the arithmetic: fake
+    tensors, functorch, a trace, autocast. Every call asks; the private names are faster."""
     return (
         torch._C._are_functorch_transforms_active()
         or torch._C._len_torch_dispatch_stack() > 0

@@ -48,9 +48,9 @@ def _load(path: Path) -> None:
                 f"{path} cannot be loaded: delete it and run {_build.COMMAND}"
             ) from error
     ops = getattr(torch.ops, NAMESPACE)
-    # Once a process, and kept there: others may have loaded the library, and this module may be
-    # imported under two names (installed, and from its sources) or reloaded. Without them a
-    # gradient would be lost in silence.
+    # Registered once a process, and kept on `ops`: others may have loaded the library, and this
+    # module may be imported under two names (installed, and from its sources) or reloaded. Without
+    # the registrations a gradient would be lost in silence.
     if "registrations" not in vars(ops):
         torch.library.register_fake(f"{NAMESPACE}::separable_map", fake_plain)
         torch.library.register_fake(f"{NAMESPACE}::separable_map_out", fake_out)
@@ -100,7 +100,7 @@ class Map(torch.autograd.Function):
         *tables, mix, affine, row_index, column_index, h, w, oh, ow, dtype = arguments
         image_dim, *dims = in_dims
         if any(dim is not None for dim in dims[:6]):
-            raise NotImplementedError("fused_transform: vmap over bands or a mix")
+            raise NotImplementedError("fused_transform: vmap over bands or a mix is not supported")
 
         def batched(x, dim):
             return x.expand(info.batch_size, *x.shape) if dim is None else x.movedim(dim, 0)

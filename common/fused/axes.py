@@ -16,9 +16,8 @@ Variant = tuple[int, int, Steps]  # steps on `length` pixels of an image, from `
 
 
 class Axis(Bands):
-    """The bands of these variants, computed when somebody asks for them. A kernel needs their
-    packed form alone, which `_layout` makes of those of each length and keeps: random crops are of
-    the same few hundred lengths."""
+    """The bands of these variants, computed on first use. Kernels need only the packed form, which
+    `_layout` makes and keeps for each length: random crops have only a few hundred lengths."""
 
     def __init__(self, size: int, out: int, variants: list[Variant]) -> None:
         vars(self).update(size=size, _out=out, variants=variants)
@@ -41,8 +40,8 @@ class Axis(Bands):
 
 
 def longer(variant: Variant, step: tuple, inside: bool, shared: dict) -> Variant:
-    """The variant with one more step. inside: it is a crop that does not reach beyond the image.
-    shared: variants with the same steps share them by it, and are told apart by their id."""
+    """The variant with one more step. inside: a crop that does not reach beyond the image. shared:
+    a dict through which variants with equal steps share one tuple, as `distinct` compares ids."""
     start, length, steps = variant
     if inside and not steps:
         return start + step[1], step[2], steps

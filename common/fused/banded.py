@@ -128,7 +128,8 @@ def _windows(bands: Bands, other: Bands) -> tuple[Tensor, ...]:
 
 
 def stack(bands: list[Bands]) -> Bands:
-    """Their variants one after the other. All have the same sizes."""
+    """One Bands with the variants of all, in order. All must have the same `size`, which is not
+    checked, and the same `out`. Raises RuntimeError for another `out`."""
     taps = max(b.weight.shape[2] for b in bands)
     weight = [torch.nn.functional.pad(b.weight, (0, taps - b.weight.shape[2])) for b in bands]
     first = torch.cat([b.first for b in bands])

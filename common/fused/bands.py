@@ -124,8 +124,7 @@ def _antialiased(length, scale, output, mode, float_, fused) -> tuple[np.ndarray
     x = np.abs((x - (center - float_(0.5))[:, None]) * (1 / stretch)[:, None])
     weight = np.maximum(1 - x, 0) if mode == "bilinear" else _cubic(x, -0.5, fused)
     weight = np.where(taps < count[:, None], weight, 0)
-    # one after the other, as in torch: a box is none of the others' business, however many taps
-    # they have
+    # summed in order, as in torch: a window's sum must not depend on how many taps others have
     total = reduce(np.add, weight.swapaxes(0, 1))
     return first, count, (weight / total[:, None]).swapaxes(1, 2)
 
@@ -208,9 +207,9 @@ def blur(size: int, kernel_size: int, sigma: float, dtype: torch.dtype = torch.f
 
 
 def columns_first(height: int, width: int, new_height: int, new_width: int) -> bool:
-    """Whether Pillow resizes the columns first; it rounds in between. It resizes the rows first, as
-    torch does, but since version 13 not where the height shrinks more than twice as much as the
-    width (Pillow's pull request 9549)."""
+    """Whether Pillow makes the vertical pass first; it rounds after each pass. It makes the
+    horizontal pass first, as torch does, but since version 13 not where the height shrinks more
+    than twice as much as the width (Pillow's pull request 9549)."""
     shrinks = height - new_height
     return shrinks > max(0, 2 * (width - new_width)) and int(PIL.__version__.split(".")[0]) >= 13
 

@@ -56,8 +56,9 @@ def _tensors(mix, bias, clamp, round_by) -> tuple[Tensor, Tensor | None]:
 
 
 def affine(channels: int, bias=None, low=None, high=None) -> Tensor:
-    """(channels, 3) float64: what follows the mix, for `separable_map`'s bias. Each argument is
-    None, a number, or one for each channel."""
+    """(channels, 3) float64: bias, low and high of each channel of the result, as the bias of
+    `separable_map`. Each argument is None, a number, or one for each channel; a bias that is such a
+    table is returned as it is. Raises RuntimeError for another number of channels."""
     if isinstance(bias, Tensor) and bias.dim() == 2 and low is None and high is None:
         return bias
     table = torch.tensor([[0.0, -torch.inf, torch.inf]], dtype=torch.float64).repeat(channels, 1)

@@ -26,7 +26,7 @@ def draw_each(steps: list[tuple[Step, int, int]], items: int) -> list[list]:
         try:
             return _draw_each(steps, items, numbers)
         finally:
-            torch.empty(numbers.used, device=CPU).uniform_()  # for each number one, as below
+            torch.empty(numbers.used, device=CPU).uniform_()  # moves the generator past them
 
 
 def _draw_each(steps, items: int, numbers: "Numbers | ManyNumbers") -> list[list]:
@@ -58,9 +58,9 @@ class Numbers:
 
 
 class ManyNumbers:
-    """The same numbers, from the present state of torch's CPU generator on, which stays as it is.
-    Each takes the generator's next 32 bits, whatever is made of them: so for each kind of number
-    there is a table of what each 32 bits become."""
+    """The same numbers, from the current state of torch's CPU generator on, which stays as it is.
+    Each number takes the next 32 bits, whatever its kind, so each kind has a table of what it makes
+    of every 32 bits."""
 
     def __init__(self, count: int, generator: torch.Generator | None = None) -> None:
         """count: how many will do, probably."""

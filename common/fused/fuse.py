@@ -47,11 +47,11 @@ def fuse(chain) -> nn.Module:
     a loop: with one seed, fuse(chain)(batch) equals stack([chain(x) for x in batch]). Images of one
     sample share them.
 
-    Float images: within 1e-6 of the chain's largest value (half precision: torchvision rounds
-    between the steps, this does not). uint8 images: exact where torchvision does not round between
-    the steps, within one level where it does. Where it rounds more than once (Resize and Grayscale
-    before ToDtype, or a bicubic Resize, which it also clamps between the axes), each rounding is a
-    pass of its own: with ToDtype before them the chain is one pass.
+    Float images: equal to the chain's result within 1e-6 times its largest value (half precision:
+    torchvision rounds between the steps, this does not). uint8 images: exact where torchvision does
+    not round between the steps, within one level where it does. Where it rounds more than once
+    (Resize and Grayscale before ToDtype, or a bicubic Resize, which it also clamps between the
+    axes), each rounding is a pass of its own: with ToDtype before them the chain is one pass.
     """
     return Fused(chain)
 
@@ -116,8 +116,8 @@ class Fused(nn.Module):
         plain = [x for x in leaves if isinstance(x, Tensor) and x.dim() > 2]
         if isinstance(sample, list) and len(chosen) == 1 and len(leaves) == len(plain) > 1:
             raise TypeError(
-                "fuse: of a list of plain tensors torchvision transforms only the first: stack "
-                "them, or make each a tv_tensors.Image"
+                "fuse: torchvision transforms only the first of several plain tensors: stack them, "
+                "or make each a tv_tensors.Image"
             )
         results = self._images([leaves[i] for i in chosen])
         for i, result in zip(chosen, results, strict=True):

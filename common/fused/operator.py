@@ -39,11 +39,12 @@ def separable_map(
 
     images: (..., C, H, W), uint8, float16, bfloat16, float32 or float64, with any strides; none are
     copied. rows, columns: bands from H to the result's height and from W to its width. mix:
-    (C_out, C); a 0 is no term, so no NaN spreads through it. bias: (C_out,), or what `affine`
-    returned, which saves a small image its cost. row_index, column_index: (N,) int64, which variant
-    each image of an (N, C, H, W) batch takes; bool for two variants. low, high: numbers, or one for
-    each channel of the result. dtype: the result's; by default float32 for uint8, else that of the
-    images. A uint8 result is rounded to nearest (ties to even) and saturates.
+    (C_out, C), at most 16 each; a 0 is no term, so no NaN spreads through it. bias: (C_out,), or
+    what `affine` returned, which is faster for small images. row_index, column_index: (N,) int64,
+    which variant each image of an (N, C, H, W) batch takes; bool for two variants. low, high:
+    numbers, or one for each channel of the result. dtype: the result's; by default float32 for
+    uint8, else that of the images. A uint8 result is rounded to nearest (ties to even) and
+    saturates.
     Sums are in float32, in float64 where images or result are float64.
     out: where to write the result; any strides, but no memory of the images.
 
@@ -90,7 +91,7 @@ def fused_transform(
     dtype, device or size, and where the operator cannot be built.
     """
     if not torch.compiler.is_compiling() and isinstance(hflip, bool) and isinstance(vflip, bool):
-        # one small image costs less than the arguments of a call: those of the last ones are kept
+        # for one small image the arguments cost more than the kernel: they are cached
         try:
             known = _known.get((images.shape, images.dtype, images.device, size, hflip, vflip))
         except (TypeError, AttributeError, RuntimeError):

@@ -121,9 +121,9 @@ class Passes:
         ]
 
     def _blend(self, steps: dict[int, tuple], boxes=None) -> None:
-        """For each axis a step that mixes pixels, those of a box for each item: what was clamped,
-        or what these would read beyond torch, is a pass of its own; and what boxes would make
-        another product for each item."""
+        """Adds a step that mixes pixels to each axis in `steps`; boxes: the crop of each item
+        before it. The pass ends first where values were clamped, where the product would read
+        pixels that torch does not, and where boxes would need another product for each item."""
         gaps = self.sparse and any(self._gaps(*item) for item in steps.items())
         mixed = any(before not in ((), (FLIP,)) for axis in self.axes for _, _, before in axis)
         if self.clamped or gaps or (boxes is not None and mixed):
@@ -190,7 +190,7 @@ class Passes:
         native &= levels and (self.pil or resizes_uint8(mode))
         clamps = levels and mode == "bicubic"
         if clamps and native:
-            self.roundings += 1  # never in one pass
+            self.roundings += 1  # counts twice: torchvision clamps between the axes
         dtype = torch.float64 if self.dtype == torch.float64 or native else torch.float32
         bits = (30 if self.pil else 15) if native and self.exact else 0
         how = mode, antialias, dtype, self.channels, bits

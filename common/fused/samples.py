@@ -35,7 +35,7 @@ def with_arrays(leaves: list) -> list:
     arrays = [isinstance(x, np.ndarray) for x in leaves]
     if any(arrays) and any(type(x) is Tensor and x.dim() > 1 for x in leaves):
         raise TypeError(
-            "fuse: beside arrays, ToImage takes the first plain tensor for an image, too: make the "
+            "fuse: beside arrays, ToImage also makes an image of the first plain tensor: make the "
             "images tv_tensors.Image"
         )
     return [

@@ -46,7 +46,7 @@ def _step(i: int, transform) -> Step:
         reason = REASONS.get(type(transform).__name__, "it is not one of the linear transforms")
         if type(transform).__module__.startswith("torchvision.transforms.transforms"):
             reason = "it is of torchvision's v1: use torchvision.transforms.v2"
-        raise NotFusable(f"{name}: {reason} ({known}, hflip, vflip)")
+        raise NotFusable(f"{name}: {reason} (fuse takes {known}, hflip, vflip)")
     try:
         step = make(transform)
     except ValueError as error:

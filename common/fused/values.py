@@ -52,7 +52,7 @@ def to_dtype(transform) -> Step:
         if passes.pil or dtype == passes.dtype:
             return
         if dtype == torch.uint8:
-            raise NotFusable(f"it cuts off the decimals of {passes.dtype} images")
+            raise NotFusable(f"it truncates {passes.dtype} values, which is not linear")
         passes.cast(dtype, scale)
 
     return Step("", apply)

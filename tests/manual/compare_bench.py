@@ -1,11 +1,11 @@
 """What changed between two runs of bench.py: python -m tests.manual.compare_bench A.json B.json
 
-Compares the mean time per image of each row. What the machine itself changed cancels: it is taken
+Compares the mean time per image of each row. The machine's own change is divided out: it is taken
 to be the median change of the rows of that device and protocol that do not run the operator, as one
-row alone, such as `copy`, is not steady enough. Means, as a shared core is now fast, now slow, and
-a median jumps from the one to the other. Lists the rows that changed beyond their spread (half the
-IQRs of both runs), and those that only one run has. Exits with 1 where a row changed by more than
---limit percent, or none can be compared.
+row alone, such as `copy`, is not steady enough. It compares means, since a shared core is fast and
+slow in turns, and a median jumps between the two. Lists the rows that changed beyond their spread
+(half the IQRs of both runs), and those that only one run has. Exits with 1 where a row changed by
+more than --limit percent, or none can be compared.
 """
 
 import argparse

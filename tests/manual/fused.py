@@ -1,8 +1,9 @@
-"""fused_transform's ratios, each of medians in one interleaved run: `python -m tests.manual.fused`
+"""Checks fused_transform's speed targets on this CPU: `python -m tests.manual.fused`
 
-`ATEN_CPU_CAPABILITY=avx2` or `=default` lowers the instruction set. Needs CIFAR-10 in $DATA_DIR (or
-data/) as torchvision keeps it; random images stand in otherwise. tests/manual/fuse.py times chains
-on larger images.
+Prints ratios of medians from interleaved runs, each with its target and "ok" or "MISSED".
+`ATEN_CPU_CAPABILITY=avx2` or `=default` lowers the instruction set. Takes CIFAR-10 in $DATA_DIR (or
+data/) as torchvision keeps it, else random images. tests/manual/fuse.py times chains on larger
+images.
 """
 
 import os
