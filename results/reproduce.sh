@@ -3,7 +3,7 @@
 #
 #     bash results/reproduce.sh            about 70 minutes on two cores with AVX2
 #     bash results/reproduce.sh --quick    the same on few images, in minutes; results/ is not touched
-#     bash results/reproduce.sh --gpu      what needs a GPU; about 7 minutes on an H200
+#     bash results/reproduce.sh --gpu      what needs a GPU; about 6 minutes on an H200
 #
 # Each run's folder lies in runs/reproduce-CODE/, by a digest of the code. What is complete there is
 # not made again, and an interrupted run is resumed, so the same command continues. CNN runs on fewer

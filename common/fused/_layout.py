@@ -140,11 +140,11 @@ def _pack(bands: Bands, wide: bool) -> Tensor:
 
 def _pack_bands(bands: Bands, wide: bool, device: torch.device) -> Tensor:
     def pack() -> Tensor:
-        first, count = bands.first, bands.count
-        beyond = (count > 0) & ((first < 0) | (first + count > bands.size))
-        beyond |= (count < 0) | (count > bands.weight.shape[2])
-        if device.type != "cpu" and beyond.any():  # the operator checks tables on the CPU alone
-            raise RuntimeError(f"separable_map: the bands reach beyond the {bands.size} pixels")
+        if device.type != "cpu":  # on the CPU the operator checks the packed ones
+            first, count = bands.first, bands.count
+            beyond = (count > 0) & ((first < 0) | (first + count > bands.size))
+            if (beyond | (count < 0) | (count > bands.weight.shape[2])).any():
+                raise RuntimeError(f"separable_map: the bands reach beyond the {bands.size} pixels")
         return _pack(bands, wide).to(device)
 
     return aside(pack)
