@@ -152,6 +152,14 @@ struct Ring {
   T* row(int64_t y) const { return memory + (y & mask) * pitch; }
 };
 
+// What one thread does: parts of images, `height` output rows each.
+struct Tasks {
+  int64_t begin, end, parts, height, rows;
+  int64_t image(int64_t task) const { return task / parts; }
+  int64_t first(int64_t task) const { return task % parts * height; }
+  int64_t last(int64_t task) const { return std::min(first(task) + height, rows); }
+};
+
 // A row of the mix without its zeros; offsets in elements.
 template <typename T>
 struct Terms {
@@ -159,6 +167,7 @@ struct Terms {
   bool interleaved = false;  // offsets are those of RGB pixels
   int64_t offset[kMaxChannels];
   T weight[kMaxChannels];
+  Terms() = default;
   Terms(const Mix<T>& mix, int k, int64_t channel) : interleaved(channel == 1 && mix.in == 3) {
     for (int c = 0; c < mix.in; ++c) {
       const T w = mix.mix[k * mix.in + c];
@@ -378,10 +387,7 @@ void run_cpu(const Problem& p, const Mix<T>& mix) {
     const std::unique_ptr<T[]> memory(new T[layout.scratch + 64 / sizeof(T)]);
     T* scratch = memory.get();
     while (reinterpret_cast<uintptr_t>(scratch) % 64) ++scratch;
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t first = task % parts * height;
-      run(p, mix, layout, task / parts, first, std::min(first + height, p.rows.out), scratch);
-    }
+    run(p, mix, layout, Tasks{begin, end, parts, height, p.rows.out}, scratch);
 #ifdef FUSED_X86
     if (layout.stream != Layout::kNone) _mm_sfence();
 #endif
