@@ -154,7 +154,8 @@ def machine_name(environment: dict[str, Any], gpu: bool) -> str:
     environment: with `hardware`'s keys."""
     name = environment["gpu"]
     if not gpu:
-        name = " ".join([environment["processor"], *environment["instruction_sets"][-1:]])
+        processor = re.sub(r"\((R|TM)\)| Processor| CPU @.*", "", environment["processor"])
+        name = " ".join([processor, *environment["instruction_sets"][-1:]])
     return re.sub("[^a-z0-9]+", "-", name.lower()).strip("-")
 
 

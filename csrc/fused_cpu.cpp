@@ -140,6 +140,7 @@ struct Layout {
   int64_t block;                            // output rows at a time
   int64_t planar, planar_rows;              // room for rows of one channel, end to end
   int64_t shuffles;                         // room for what kBytes prepares
+  int64_t sums;                             // room for a RowSum of each row and channel
   int64_t pitch, ring;  // of a row; rows in the ring of a channel, a power of two
   int64_t scratch;
   enum { kNone, kRow, kPlane } stream;  // what is staged and then written past the caches
@@ -151,6 +152,15 @@ struct Ring {
   int64_t mask, pitch;
   T* row(int64_t y) const { return memory + (y & mask) * pitch; }
 };
+
+// How one row of the result is made of rows in the ring: prepared once for all images that have the
+// same table.
+struct RowSum {
+  int64_t at;     // where those rows begin in the ring
+  int32_t count;  // kMany: more than four, none, or not end to end
+  float weights[4];
+};
+constexpr int32_t kMany = 5;
 
 // What one thread does: parts of images, `height` output rows each.
 struct Tasks {
@@ -320,6 +330,7 @@ Layout layout_of(const Problem& p, const Mix<T>& mix, int64_t height) {
     l.pitch = whole(p.columns.out), l.block = std::max<int64_t>(kRows, kBlockPixels / l.pitch);
     l.planar_rows = std::max<int64_t>(1, kBlockPixels / width);
     l.planar = l.planar_rows * width + 2 * kLanes;
+    l.sums = whole(mix.out * p.rows.out * static_cast<int64_t>(sizeof(RowSum) / sizeof(float)));
     if (l.path == Layout::kBytes)
       l.shuffles = 2 * p.columns.groups * (p.columns.rows - kHeadRows) * kLanes;
   }
@@ -352,7 +363,7 @@ Layout layout_of(const Problem& p, const Mix<T>& mix, int64_t height) {
   }
   // of both paths: the one's sums and spare rows, or the other's planar rows, spare row and places
   const int64_t sums = kRows * (l.pitch + whole(p.columns.out)) + 2 * kLanes;
-  const int64_t planar = l.planar + l.pitch + whole(4 * p.columns.groups) + l.shuffles;
+  const int64_t planar = l.planar + l.pitch + whole(4 * p.columns.groups) + l.shuffles + l.sums;
   l.scratch =
       mix.out * l.ring * l.pitch + std::max(sums, planar) + (stage + sizeof(T) - 1) / sizeof(T);
   return l;

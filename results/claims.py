@@ -7,12 +7,14 @@ from textwrap import TextWrapper
 from common.timing import BATCHED, SEQUENTIAL
 from results.tables import (
     GPU,
+    RESULTS,
     accuracy,
     bench,
     bench_tables,
     command,
     lines,
     micros,
+    place,
     row,
     run,
     seconds,
@@ -224,6 +226,20 @@ def gpu() -> str:
     photos = bench_tables(lambda heading: "375 x 500" in heading, GPU)
     shares = f"Of the bytes a second of the fastest copy: {told}."
     return "\n".join([speed(GPU, "GPU pipeline"), f"{shares}\n", photos, accuracy(GPU)])
+
+
+def processors() -> str:
+    """The operator on each CPU measured, relative to torchvision's fastest form there."""
+    body = []
+    for machine in sorted(path.parent.name for path in RESULTS.glob("*/bench-*.json")):
+        if bench(machine)["environment"]["gpu"] is None:
+            rows = [r for r in bench(machine)["chains"] if r["name"] == "fuse uint8 planar"]
+            rows.sort(key=lambda r: (r["protocol"], -r["batch"]))
+            rows = [row(name, "tensor", machine) for name in ("fused", "fused uint8")] + rows
+            body.append([place(machine), *(f"{r['speedup']:.3g}" for r in rows)])
+    head = ["", "fused", "fused uint8", "photographs: eval", "one by one", "random crops",
+            "one by one"]  # fmt: skip
+    return lines(head, *body)
 
 
 def libraries() -> str:

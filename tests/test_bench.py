@@ -518,6 +518,12 @@ def test_results_are_named_by_machine(sets, gpu, name):
     assert report.machine_name(environment, gpu) == name
 
 
+@pytest.mark.parametrize("model", ["Processor", "CPU @ 2.20GHz"])
+def test_trade_marks_are_no_part_of_a_machines_name(model):
+    environment = {"processor": f"Intel(R) Xeon(R) {model}", "instruction_sets": ["avx512"]}
+    assert report.machine_name(environment | {"gpu": None}, False) == "intel-xeon-avx512"
+
+
 def test_compare_lists_rows_beyond_their_spread(tmp_path, monkeypatch, capsys):
     def row(name, seconds, iqr=0.01):
         keys = {"device": "cpu", "protocol": "tensor", "dtype": "float32", "batch": 100}
