@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Makes every file of results/ on this machine, from one commit:
 #
-#     bash results/reproduce.sh            about 70 minutes on two cores with AVX2
+#     bash results/reproduce.sh            about 70 minutes on two cores with AVX2, 40 with AVX-512
 #     bash results/reproduce.sh --quick    the same on few images, in minutes; results/ is not touched
 #     bash results/reproduce.sh --gpu      what needs a GPU; about 6 minutes on an H200
 #

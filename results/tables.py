@@ -22,7 +22,7 @@ from common.timing import BATCHED, SEQUENTIAL
 
 RESULTS = Path(__file__).resolve().parent
 README = RESULTS.parent / "README.md"
-MACHINE = "amd-epyc-avx2"  # the folders that the READMEs show
+MACHINE = "intel-xeon-avx512-bf16"  # the folders that the READMEs show
 GPU = "nvidia-h200"
 CODE = ("common", "csrc", "train_fc.py", "train_cnn.py", "bench.py")
 BLOCK = re.compile(r"(?s)(<!-- (\w+): drawn by python -m results.tables -->\n).*?(<!--)")
