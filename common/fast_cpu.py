@@ -5,6 +5,7 @@ Training steps per second against the plain modules, two cores, `python -m tests
     processor, dtype                  CNN     perceptual loss, 224 px
     Xeon with AMX, bfloat16           1.90    3.51    (both rows at commit be81acf,
     EPYC with AVX512-BF16, bfloat16   1.47    1.71     which had the same kernels)
+    Xeon with AVX512-BF16, bfloat16   1.38    1.17    (float32 is faster than bfloat16 there)
     EPYC with AVX2 alone, float32     1.3     1.0
 
 So float32 runs the plain modules. So does whatever could show a difference: hooks, changed layers,
