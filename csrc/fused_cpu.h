@@ -131,7 +131,7 @@ bool are_near(const Bands& bands, const int32_t* table) {
 
 // Lengths in elements of T, for all images of a call.
 struct Layout {
-  enum { kGeneral, kFloats, kBytes } path;  // fused_cpu_kernel.inc, or one of fused_cpu_simd.inc
+  enum { kGeneral, kFloats, kBytes } path;  // fused_cpu_kernel.inc, or those of fused_cpu_rows.inc
   int64_t block;                            // output rows at a time
   int64_t planar, planar_rows;              // room for rows of one channel, end to end
   int64_t shuffles;                         // room for what kBytes prepares
