@@ -127,21 +127,23 @@ Tiling tiling_of(const Problem& p, int64_t processors) {
   return t;
 }
 
-template <typename T>
+template <typename In, typename T>
 Terms<T> terms_of(const Mix<T>& mix, bool dense) {
+  constexpr T unit = kSmall<In, T> ? T(kPixel / kSum) : T(1);
+  constexpr T sum = kSmall<In, T> ? T(kSum) : T(1);
   Terms<T> terms{};
   terms.in = mix.in, terms.out = mix.out, terms.clamped = mix.clamped;
   terms.planes = mix.in == 1 ? 1 : mix.out;
   int count = 0;
   for (int k = 0; k < mix.out; ++k) {
-    terms.scale[k] = mix.in == 1 ? mix.mix[k] : T(1);
+    terms.scale[k] = (mix.in == 1 ? mix.mix[k] : T(1)) * sum;
     terms.bias[k] = mix.bias[k], terms.low[k] = mix.low[k], terms.high[k] = mix.high[k];
     terms.begin[k] = static_cast<short>(count);
     for (int c = 0; c < mix.in; ++c) {
       const T w = mix.in == 1 ? T(1) : mix.mix[k * mix.in + c];
       if (w == 0 && !dense) continue;
       terms.channel[count] = static_cast<unsigned char>(c);
-      terms.weight[count++] = w;
+      terms.weight[count++] = w * unit;
     }
     if (terms.begin[k] == count) terms.scale[k] = 0;
   }
@@ -178,7 +180,7 @@ void launch(Problem p, const Mix<T>& mix, int32_t device) {
   if (mix.out == 1) p.to.channel = 0;
   const int64_t processors = context.processors();
   const Load load = load_of<In>(p, mix.in);
-  const Terms<T> terms = terms_of(mix, load == Load::kInterleaved);
+  const Terms<T> terms = terms_of<In>(mix, load == Load::kInterleaved);
   if constexpr (sizeof(T) == 4) {
     const int count = small_terms(p, terms, load, processors);
     const SmallTiling t = small_tiling(p);

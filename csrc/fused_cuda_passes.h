@@ -29,6 +29,13 @@ struct Place {
   }
 };
 
+// Whether pixels of `In` are summed 2^133 times too small. A float whose bits are x << 16, for an x
+// below 256, is x * 2^-133, subnormal or not: that takes one instruction, and a conversion two. The
+// weights make up for most of it, the scale of the result for kSum.
+template <typename In, typename T>
+constexpr bool kSmall = sizeof(In) == 1 && std::is_same<T, float>::value;
+constexpr double kPixel = 0x1p133, kSum = 0x1p64;
+
 // Four neighbouring pixels, moved by instructions of as many bytes, at most 16: the compiler would
 // split the copy of a struct into scalars.
 template <typename T>
@@ -49,12 +56,11 @@ struct Four {
   __device__ void get(T (&pixels)[kFour]) const { memcpy(pixels, word, sizeof(word)); }
   template <typename To>
   __device__ To pixel(int q) const {
-    if constexpr (sizeof(T) == 1 && std::is_same<To, float>::value) {
-      // 2^23 + x has x as its low bits: cheaper than the conversion's own instruction
-      const unsigned bits = __byte_perm(word[0], 0x4b000000u, 0x7440 | q);
-      float sum;
-      memcpy(&sum, &bits, sizeof(sum));
-      return sum - 8388608.f;
+    if constexpr (kSmall<T, To>) {
+      const unsigned bits = __byte_perm(word[0], 0, 0x4044 | q << 8);
+      To small;
+      memcpy(&small, &bits, sizeof(small));
+      return small;
     } else {
       T pixels[kFour];
       get(pixels);

@@ -74,13 +74,17 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   const int rank = static_cast<int>(threadIdx.x) % kWarp;
   const int team = static_cast<int>(threadIdx.x) / kWarp;
   const int height = static_cast<int>(p.rows.out), width = static_cast<int>(p.columns.out);
-  const int rows = static_cast<int>(p.rows.in);
+  const int rows = static_cast<int>(p.rows.in), left = tiling.pixels - rank * kFour;
+  Raw raw;
+  Next<terms, interleaved, In> next{int64_t{blockIdx.x} * teams + team};
+  if (next.n >= p.images) return;
+  next.find(rank, p, mix);
+  raw.load(next.at, left);  // on their way while the tables are read
   const Shape& shape = tiling.shape;
   const Place fours(rank, kWarp, shape.pitch / kFour), column(rank, kWarp, width);
   float* const chunk = reinterpret_cast<float*>(memory + team * tiling.bytes);
   auto* const windows = reinterpret_cast<Window<float>*>(chunk + tiling.pixels + shape.pitch);
   float* const sums = chunk + tiling.sums;
-  const int left = tiling.pixels - rank * kFour;
   // with `few`, pixels without taps see this row and this column of zeros
   for (int i = rank; i < shape.pitch; i += kWarp) chunk[tiling.pixels + i] = 0;
   for (int i = rank; i < shape.groups * kFour; i += kWarp) {
@@ -88,11 +92,6 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   }
   bool first = true;
   Column<few, float> own;
-  Raw raw;
-  Next<terms, interleaved, In> next{int64_t{blockIdx.x} * teams + team};
-  if (next.n >= p.images) return;
-  next.find(rank, p, mix);
-  raw.load(next.at, left);
   do {
     if (next.k == 0 && (first || p.rows.index)) {
       read_windows<few>(rank, kWarp, p.rows, p.rows.table(next.n), 0, height, 0, rows, shape,

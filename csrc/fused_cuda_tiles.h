@@ -98,6 +98,7 @@ __device__ void load_pixels(const Place& place, const In* from, const View& view
   const int x = place.x * kFour;
   if (x >= width) return;
   from += channel * view.channel + x * view.column;
+  if (kSmall<In, T>) w *= static_cast<T>(1 / kPixel);  // these pixels are converted
 #pragma unroll 1
   for (int y = place.y; y < rows; y += place.step) {
     T* const to = chunk + y * pitch + x;

@@ -96,7 +96,8 @@ bool agrees(ScalarType from, ScalarType to, double tolerance, std::mt19937& rand
   };
   Mix<T> mix{};
   mix.in = static_cast<int>(in), mix.out = static_cast<int>(out), mix.clamped = random() % 2;
-  for (int64_t i = 0; i < in * out; ++i) mix.mix[i] = T(random() % 4) / 4;  // some are 0
+  const T unit = sizeof(In) == 1 && random() % 2 ? T(1e9) : T(1);  // bytes are summed in a unit
+  for (int64_t i = 0; i < in * out; ++i) mix.mix[i] = T(random() % 4) / 4 * unit;  // some are 0
   for (int k = 0; k < out; ++k) mix.bias[k] = T(k), mix.low[k] = T(1), mix.high[k] = T(1e4);
   const Problem p{source.data(),
                   target.data(),
