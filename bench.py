@@ -77,13 +77,15 @@ def main() -> None:
     # --- results first, then the clock -----------------------------------------------------------
     judge = against(reference)
     timings = [check(case, judge) for case in tqdm(cases + peers, "checking", disable=None)]
+    photo_timings, lacking = photos.timings(devices, args)
     gc.collect()
     gc.freeze()  # else each collection before a pass takes 0.4 s, for what torch.compile has left
-    measure([each for each in timings if not each.failed], args.runs, BUDGET_S)
-    rows = [summary(each) for each in timings]
+    # all together: a machine that is shared may be slow for a minute, and then for all rows
+    measure([each for each in timings + photo_timings if not each.failed], args.runs, BUDGET_S)
+    rows, chains = ([summary(each) for each in some] for some in (timings, photo_timings))
     add_ratios(rows)
+    add_ratios(chains, photos.BASE, photos.PIL_BASE)
     growth = sweep(table, args)
-    chains, lacking = photos.rows(devices, args)
 
     # --- JSON, tables, charts --------------------------------------------------------------------
     document = {

@@ -16,10 +16,9 @@ from common import data
 from common.fused import fuse
 from common.peers import passes
 from common.photo_peers import MEAN, PHOTO_PEERS, SIDE, STD, Draw
-from common.timing import Case, add_ratios, check, fidelity, measure, summary
+from common.timing import Case, Timing, check, fidelity
 
 HEIGHT, WIDTH = 375, 500
-BUDGET_S = 5  # for one row
 WARM = 2000  # images before fuse is timed on random crops: it keeps the weights of a crop's size
 TOLERANCE = 2.05  # levels: torchvision rounds uint8 after each of two passes, in its own way
 # torchvision's fastest form on a CPU, and the reference for the errors
@@ -44,8 +43,9 @@ def chain(name: str, pil: bool = False) -> v2.Compose:
     return v2.Compose([*CHAINS[name], *to_tensor, *last])
 
 
-def rows(devices: list[torch.device], args: Any) -> tuple[list[dict], list[str]]:
-    """The section "chains" of the JSON, and the peers that are not installed."""
+def timings(devices: list[torch.device], args: Any) -> tuple[list[Timing], list[str]]:
+    """The section "chains" of the JSON, checked and ready for the clock, and the peers that are not
+    installed."""
     images = photographs(4 if args.dry_run else 64)
     results, absent = [], []
     for name in CHAINS:
@@ -58,12 +58,9 @@ def rows(devices: list[torch.device], args: Any) -> tuple[list[dict], list[str]]
             found, missing = peer_cases(name, images, draws, device)
             cases, absent = cases + found, absent + missing
         judge = against(reference)
-        timings = [check(case, judge) for case in tqdm(cases, name, disable=None, leave=False)]
+        results += [check(case, judge) for case in tqdm(cases, name, disable=None, leave=False)]
         if name == "train" and not args.dry_run:
             warm_up([case for case in cases if case.name.startswith("fuse")])
-        measure([timing for timing in timings if not timing.failed], args.runs, BUDGET_S)
-        results += map(summary, timings)
-    add_ratios(results, BASE, PIL_BASE)
     return results, list(dict.fromkeys(absent))
 
 

@@ -67,7 +67,7 @@ def quick(monkeypatch, tmp_path):
     monkeypatch.setitem(bench.NETS, "cnn", Narrow)
     monkeypatch.setattr(cases, "PASS_S", 1e9)
     monkeypatch.setattr(timing, "PASSES", 1)
-    for module, name in ((cases, "SWEEP_BUDGET_S"), (photos, "BUDGET_S"), (photos, "WARM")):
+    for module, name in ((cases, "SWEEP_BUDGET_S"), (photos, "WARM")):
         monkeypatch.setattr(module, name, 0)
     monkeypatch.setattr(photos, "photographs", lambda count: real(2))
     for chart in ("bars", "growth", "chains"):
