@@ -47,7 +47,7 @@ from common.timing import BATCHED, SEQUENTIAL, add_ratios, check, measure, summa
 from common.transforms import fused_transform, matmul_transform, reference_transform
 
 STANDARD = {"runs": 30, "images": 10_000, "batch_size": 100}
-BUDGET_S = 8  # for one row; beyond it a row makes fewer passes
+BUDGET_S = 10  # for one row; beyond it a row makes fewer passes
 NETS = {"fc": FullyConnected, "linear": Linear, "separable": Separable, "cnn": ConvNet}
 PIXELS, OUTPUTS = 3 * 32 * 32, 28 * 28  # of an image and of its result
 

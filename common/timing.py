@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 SEQUENTIAL, BATCHED = "torchvision sequential", "torchvision batched"
-LEAST_RUNS = 3  # a slow case makes fewer passes than asked for, but never fewer than these
+LEAST_RUNS = 5  # a slow case makes fewer passes than asked for, but never fewer than these
 REPORT = 3  # budgets for a case of the report's protocol, whose passes cannot take fewer images
 # Passes of a run on the CPU. A core that is shared is slow for a second, then fast again: of single
 # passes the median is that of whichever state came more often.
