@@ -12,7 +12,12 @@
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #define FUSED_X86
+#pragma GCC diagnostic push
+#ifndef __clang__
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12 warns of its own header
+#endif
 #include <immintrin.h>
+#pragma GCC diagnostic pop
 #endif
 
 namespace fused {
