@@ -31,7 +31,7 @@ struct Place {
 
 // Whether pixels of `In` are summed 2^133 times too small. A float whose bits are x << 16, for an x
 // below 256, is x * 2^-133, subnormal or not: that takes one instruction, and a conversion two. The
-// weights make up for most of it, the scale of the result for kSum.
+// weights make up for most of it, the scale of the result for kSum. With -ftz=true it would be 0.
 template <typename In, typename T>
 constexpr bool kSmall = sizeof(In) == 1 && std::is_same<T, float>::value;
 constexpr double kPixel = 0x1p133, kSum = 0x1p64;
