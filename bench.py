@@ -20,7 +20,7 @@ and so is bfloat16 where the processor emulates it. On Linux the script starts P
 setting of glibc (`glibc.restart`).
 
 Leaves bench-MACHINE.json, the tables as Markdown, and three charts in --out. Fewer runs or images
-than the defaults are marked. On two CPU cores with AVX2 under 12 minutes, with --peers under 20.
+than the defaults are marked. On two CPU cores with AVX-512 10 minutes, with --peers 14.
 """
 
 if __name__ == "__main__":  # Ctrl-C during the imports ends the script without a traceback
